@@ -1,0 +1,37 @@
+"""Exact and approximate unlearning for Hugging Face models.
+
+Names are imported when they are used, so that the command line starts quickly.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+# A privacy tool does not tell anybody what it trains on.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+if TYPE_CHECKING:
+    from llm_unlearn.data.records import Record, make_records
+    from llm_unlearn.errors import RunError, UserError
+    from llm_unlearn.exact.arguments import S3TConfig
+    from llm_unlearn.exact.ensemble import ShardEnsemble
+    from llm_unlearn.exact.run import S3TRun
+
+_HOMES = {
+    "Record": "llm_unlearn.data.records",
+    "RunError": "llm_unlearn.errors",
+    "S3TConfig": "llm_unlearn.exact.arguments",
+    "S3TRun": "llm_unlearn.exact.run",
+    "ShardEnsemble": "llm_unlearn.exact.ensemble",
+    "UserError": "llm_unlearn.errors",
+    "make_records": "llm_unlearn.data.records",
+}
+
+__all__ = ["Record", "RunError", "S3TConfig", "S3TRun", "ShardEnsemble", "UserError", "make_records"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Records: from files, the Hub or the embedded world, to stable ids and slices."""

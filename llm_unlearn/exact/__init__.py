@@ -1,0 +1,1 @@
+"""Exact unlearning: sequences, blocks, nodes, the run directory, deletion and verification."""

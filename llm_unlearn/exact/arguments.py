@@ -1,0 +1,174 @@
+"""The flags of an exact run: TRL's own plus those of S3T, and how they become a `RunConfig`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, SFTConfig
+
+from llm_unlearn.errors import UserError
+from llm_unlearn.exact.config import LoraSettings, ModelShape, RunConfig
+from llm_unlearn.exact.modules import describe_model
+from llm_unlearn.exact.sequences import select_sequences
+
+# Stored with their values even where they are the library's defaults, which may change.
+ALWAYS_STORED = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "optim_args", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "tf32", "loss_type", "seed",
+    "activation_checkpointing", "average_tokens_across_devices", "dataloader_drop_last", "neftune_noise_alpha",
+)  # fmt: skip
+
+# Arguments that decide no bits but must reach the trainer.
+RUNTIME = ("use_cpu", "dataloader_num_workers", "dataloader_pin_memory", "ddp_timeout", "torch_empty_cache_steps")
+
+# Arguments of other parts: of evaluation, logging, saving, the Hub, data preparation, or set by us.
+NOT_STORED = (
+    "output_dir", "run_name", "report_to", "project", "disable_tqdm", "log_level", "log_level_replica",
+    "log_on_each_node", "data_seed", "max_length", "completion_only_loss", "remove_unused_columns",
+    "dataset_num_proc", "skip_memory_metrics", "local_rank", "ddp_find_unused_parameters", "ddp_backend",
+    "push_to_hub", "per_device_eval_batch_size", "do_train", "do_eval", "do_predict", "debug",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs",
+)  # fmt: skip
+NOT_STORED_PREFIXES = ("logging_", "eval_", "save_", "hub_", "trackio_", "include_", "dataloader_", "dataset_")
+
+# What would let one record's presence decide the bits of a node that it is not in, and why.
+REFUSED: dict[str, str] = {
+    "packing": "a packed sequence mixes records of different subjects",
+    "padding_free": "a padding-free batch mixes records of different subjects",
+    "load_best_model_at_end": "the best checkpoint would be chosen by looking at deletable data",
+    "auto_find_batch_size": "the batch size, hence the bits, would depend on the free memory",
+    "assistant_only_loss": "say --completion_only_loss, which covers chats too",
+    "use_liger_kernel": "its kernels were not checked for bitwise reproducibility",
+    "resume_from_checkpoint": "an interrupted run resumes by itself: start it again on the same --output_dir",
+}
+
+
+@dataclass
+class S3TConfig(SFTConfig):
+    """Training arguments of TRL, and the shape of an exact run."""
+
+    output_dir: str | None = field(default="runs/s3t", metadata={"help": "The run directory."})
+    num_shards: int = field(default=1, metadata={"help": "Shards m: members of the ensemble."})
+    num_slices: int = field(default=4, metadata={"help": "Slices L of a shard: the granularity of deletion."})
+    num_sequences: int = field(default=2, metadata={"help": "Sequences B per shard: the training budget."})
+    sequence_method: str = field(
+        default="cyclic", metadata={"help": "How sequences are chosen: cyclic, bms, conditional or random."}
+    )
+    slice_prior: list[float] | None = field(
+        default=None, metadata={"help": "Probability that a request hits slice 1, 2, ... (bms, conditional)."}
+    )
+    blocks: str = field(
+        default="ranks", metadata={"help": "What a stage owns: ranks (a band in every layer) or layers (the paper)."}
+    )
+    slice_data: str = field(
+        default="cumulative", metadata={"help": "What a stage sees: cumulative (slices 1 to i) or disjoint (slice i)."}
+    )
+    prefix_cache: bool = field(
+        default=True, metadata={"help": "Replay the hidden states below a block (--blocks layers)."}
+    )
+    key_path: str | None = field(
+        default=None, metadata={"help": "secret.key of another run, to reproduce its slices and bits."}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of every node."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of every node over its own data."})
+    gradient_checkpointing: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "Old name of --activation_checkpointing."}
+    )
+    completion_only_loss: bool | None = field(
+        default=True, metadata={"help": "Learn completions only, where records have a prompt."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        # Without an accelerator several processes only find each other when the CPU is asked for.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        super().__post_init__()
+
+
+def check_arguments(arguments: S3TConfig, model_arguments: ModelConfig) -> None:
+    """Refuse what would break exactness, and what cannot be.
+
+    Raises:
+        UserError: names the flag and the reason.
+    """
+    for name, reason in REFUSED.items():
+        if getattr(arguments, name):
+            raise UserError(f"--{name} is refused: {reason}")
+    if str(arguments.eval_strategy) not in ("no", "IntervalStrategy.NO"):
+        raise UserError("--eval_strategy is refused: score the served adapter afterwards")
+    if str(arguments.train_sampling_strategy) != "random":
+        raise UserError("--train_sampling_strategy is refused: batches must not depend on other records' lengths")
+    if arguments.report_to not in (["none"], [], "none", None):
+        raise UserError("--report_to is refused: training curves of single nodes would outlive a deletion")
+    if model_arguments.lora_modules_to_save or model_arguments.use_dora or model_arguments.lora_target_parameters:
+        raise UserError("only plain LoRA factors can be switched off exactly: no modules_to_save, DoRA or parameters")
+    if model_arguments.load_in_4bit or model_arguments.load_in_8bit:
+        raise UserError("quantised bases are not supported: their kernels were not checked for reproducibility")
+    for name, choices in {"blocks": ("layers", "ranks"), "slice_data": ("cumulative", "disjoint")}.items():
+        if getattr(arguments, name) not in choices:
+            raise UserError(f"--{name} must be one of {', '.join(choices)}, got {getattr(arguments, name)!r}")
+    for name in ("num_shards", "num_slices", "num_sequences"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+
+
+def make_config(arguments: S3TConfig, model_arguments: ModelConfig) -> RunConfig:
+    """The frozen configuration of a run.
+
+    Raises:
+        UserError: a flag is refused or impossible.
+    """
+    check_arguments(arguments, model_arguments)
+    try:
+        sequences = select_sequences(
+            arguments.num_slices, arguments.num_sequences, arguments.sequence_method, arguments.slice_prior
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    values = arguments.to_dict()
+    return RunConfig(
+        num_shards=arguments.num_shards,
+        num_slices=arguments.num_slices,
+        sequences=tuple(sequences),
+        blocks=arguments.blocks,  # pyright: ignore[reportArgumentType]
+        slice_data=arguments.slice_data,  # pyright: ignore[reportArgumentType]
+        max_length=arguments.max_length or 1024,
+        completion_only=bool(arguments.completion_only_loss),
+        prefix_cache=arguments.prefix_cache and arguments.blocks == "layers",
+        lora=LoraSettings(
+            rank=model_arguments.lora_r,
+            alpha=model_arguments.lora_alpha,
+            dropout=model_arguments.lora_dropout,
+            use_rslora=model_arguments.use_rslora,
+        ),
+        training=_stored(values),
+        model={"dtype": model_arguments.dtype, "attn_implementation": model_arguments.attn_implementation},
+        runtime={name: values[name] for name in RUNTIME},
+    )
+
+
+def _stored(values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that decide bits: a fixed list, and whatever else was changed and is not known as neutral."""
+    neutral_start = {"output_dir": "unused", "bf16": False, "activation_checkpointing": False}
+    defaults = SFTConfig(**neutral_start, use_cpu=values["use_cpu"]).to_dict()
+    stored = {name: values[name] for name in ALWAYS_STORED}
+    for name, default in defaults.items():
+        neutral = name in (*RUNTIME, *NOT_STORED) or name.startswith(NOT_STORED_PREFIXES)
+        if name not in stored and not neutral and values[name] != default:
+            stored[name] = values[name]
+    return stored
+
+
+def make_shape(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_arguments: ModelConfig
+) -> ModelShape:
+    """Describe the base model for a run, with the target modules that were asked for."""
+    targets = model_arguments.lora_target_modules
+    targets = [targets] if isinstance(targets, str) else targets
+    name = model_arguments.model_name_or_path or model.config.name_or_path
+    revision = model_arguments.model_revision
+    return describe_model(model, tokenizer, name, None if revision == "main" else revision, targets)

@@ -1,0 +1,207 @@
+"""Deletion: acknowledge, drop what depended on the records, serve what is left, certify.
+
+The order makes a crash harmless at every point. The request is on disk before anything is
+changed; each later step can be repeated; `settle` carries out whatever a crash left undone.
+"""
+
+import json
+import secrets
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_unlearn import files
+from llm_unlearn.data.partition import SliceName
+from llm_unlearn.data.records import Record
+from llm_unlearn.errors import UserError
+from llm_unlearn.exact import residues
+from llm_unlearn.exact.environment import describe_software
+from llm_unlearn.exact.ledger import Request, Target
+from llm_unlearn.exact.served import digest_of_served, serve
+from llm_unlearn.exact.store import RunDirectory
+from llm_unlearn.exact.trie import digest
+
+EXACTNESS = (
+    "structural: no served parameter was trained on a record that the request names, nor on "
+    "anything that depended on one"
+)
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """What a call of `delete` did.
+
+    Attributes:
+        request: id of the request, None if every subject had been deleted before.
+        already_deleted: how many of the subjects had been deleted before.
+        copies_elsewhere: records of other subjects with a text of the deleted ones, left alone.
+        seconds: from the call to the certificate.
+    """
+
+    request: str | None
+    subjects: int
+    already_deleted: int
+    records: int
+    copies_elsewhere: int
+    nodes_removed: int
+    served: dict[int, int]
+    seconds: float
+    certificate: Path | None
+
+
+def delete(run: RunDirectory, subjects: Sequence[str], with_duplicates: bool = False) -> Deletion:
+    """Delete subjects exactly; all of them, or none if one is unknown.
+
+    Args:
+        with_duplicates: also delete the records of other subjects that hold the same text.
+
+    Raises:
+        UserError: no subject given, or one that the run does not know; nothing was changed.
+        RunError: the run is busy or damaged; nothing was acknowledged.
+    """
+    started = time.monotonic()
+    if not subjects:
+        raise UserError("name at least one subject to delete")
+    with run.changing("deleting from it"):
+        settle(run)
+        targets, records, already = resolve(run, list(dict.fromkeys(subjects)))
+        copies = run.slices.copies(records, holders={record.subject for record in records}) if records else {}
+        if with_duplicates:
+            targets += [
+                Target("record", run.key.pseudonym("record", record.id), *name, records=1)
+                for name, held in copies.items()
+                for record in held
+            ]
+        left_alone = 0 if with_duplicates else sum(map(len, copies.values()))
+        if not targets:
+            return Deletion(None, 0, already, 0, 0, 0, depths_of(serve(run)), time.monotonic() - started, None)
+        request_id = secrets.token_hex(8)
+        nodes = dependent_nodes(run, targets)
+        run.ledger.acknowledge(request_id, targets, nodes, digest_of_served(run))
+        depths = settle(run)
+    return Deletion(
+        request=request_id,
+        subjects=sum(target.kind == "subject" for target in targets),
+        already_deleted=already,
+        records=sum(target.records for target in targets),
+        copies_elsewhere=left_alone,
+        nodes_removed=len(nodes),
+        served=depths,
+        seconds=time.monotonic() - started,
+        certificate=certificate_path(run, request_id),
+    )
+
+
+def resolve(run: RunDirectory, subjects: list[str]) -> tuple[list[Target], list[Record], int]:
+    """Find where the subjects live: targets, their records, and how many were deleted before."""
+    pseudonyms = {subject: run.key.pseudonym("subject", subject) for subject in subjects}
+    gone = run.ledger.deleted(list(pseudonyms.values()))
+    waiting: dict[SliceName, set[str]] = defaultdict(set)
+    for subject in subjects:
+        if pseudonyms[subject] not in gone:
+            waiting[run.slices.place(subject)].add(subject)
+    records: list[Record] = []
+    targets: list[Target] = []
+    for name, asked in waiting.items():
+        held = [record for record in run.slices.read(name) if record.subject in asked]
+        unknown = asked - {record.subject for record in held}
+        if unknown:
+            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+            raise UserError(
+                f"no such subject in {run.path}: {sorted(unknown)[0]!r}{more}. Nothing was deleted; "
+                "a subject is spelled as in the column that the run was made with"
+            )
+        records += held
+        counts = Counter(record.subject for record in held)
+        targets += [
+            Target("subject", pseudonyms[subject], *name, records=counts[subject]) for subject in sorted(asked)
+        ]
+    return targets, records, len(gone)
+
+
+def dependent_nodes(run: RunDirectory, targets: list[Target]) -> list[str]:
+    """Keys of the trained nodes that saw, or stand on a node that saw, a slice of the targets."""
+    hit = {(target.shard, target.slice) for target in targets}
+    return sorted(
+        key
+        for key, node in run.wanted().items()
+        if run.nodes.exists(key) and any((node.shard, part) in hit for part in node.path)
+    )
+
+
+def depths_of(lineages: dict[int, dict[str, Any]]) -> dict[int, int]:
+    """How many blocks each shard is served with."""
+    return {shard: len(entry["nodes"]) for shard, entry in lineages.items()}
+
+
+def settle(run: RunDirectory) -> dict[int, int]:
+    """Carry out every acknowledged request that is not finished; returns the served depths.
+
+    The caller holds the run's lock. Repeatable: killed anywhere, the next call finishes.
+    """
+    pending = run.ledger.requests(pending=True)
+    if not pending:
+        return {}
+    _remove_records(run, pending)
+    wanted = set(run.wanted())
+    # Serve first, purge next: what is served never lacks a file, and the deleted data stops
+    # being served as early as it can.
+    lineages = serve(run)
+    residues.purge_nodes(run, wanted)
+    purged = residues.purge_emptied(run)
+    residues.purge_temporary(run)
+    clean = all(node["key"] in wanted for entry in lineages.values() for node in entry["nodes"])
+    for request in pending:
+        done = {
+            "served_after": digest_of_served(run),
+            "served_depth": {str(shard): depth for shard, depth in depths_of(lineages).items()},
+            "purged": purged,
+            "checks": {"served_lineage": clean},
+        }
+        text = _write_certificate(run, request, done)
+        run.ledger.finish(request.id, {"certificate": digest(text), "served_after": done["served_after"]})
+    return depths_of(lineages)
+
+
+def _remove_records(run: RunDirectory, pending: list[Request]) -> None:
+    tombstones: dict[SliceName, set[str]] = defaultdict(set)
+    for request in pending:
+        for target in request.targets:
+            tombstones[SliceName(target.shard, target.slice)].add(target.pseudonym)
+    for name, gone in tombstones.items():
+        run.slices.remove(name, gone)
+
+
+def certificate_path(run: RunDirectory, request_id: str) -> Path:
+    return run.path / "certificates" / f"{request_id}.json"
+
+
+def _write_certificate(run: RunDirectory, request: Request, done: dict[str, Any]) -> str:
+    """What was asked, what went, what is served now, and what was out of reach."""
+    unknown = [str(path.relative_to(run.path)) for path in residues.unrecognised(run)]
+    certificate = {
+        "version": 1,
+        "request": request.id,
+        "acknowledged_at": request.acknowledged_at,
+        "targets": [{"kind": target.kind, "pseudonym": target.pseudonym} for target in request.targets],
+        "exactness": EXACTNESS,
+        "counterfactual": "dense retraining: the records never existed",
+        "records_removed": sum(target.records for target in request.targets),
+        "nodes_removed": list(request.nodes),
+        "served_before": request.served_before,
+        **done,
+        "retained_roots": {
+            str(shard): [root for root in run.slices.roots(shard).values() if root] for shard in run.shards
+        },
+        "out_of_reach": [*residues.OUT_OF_REACH, *(f"unrecognised file in the run: {name}" for name in unknown)],
+        "base_model": run.shape.weights,
+        "software": describe_software(),
+    }
+    text = json.dumps(certificate, indent=2, sort_keys=True)
+    path = certificate_path(run, request.id)
+    path.parent.mkdir(exist_ok=True)
+    files.write_bytes(path, text.encode())
+    return text

@@ -1,0 +1,34 @@
+"""What bits depend on beside the data: versions, processor or GPU, threads, number of processes.
+
+Bits are compared only between nodes whose environments are equal.
+"""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "safetensors")
+
+
+def describe_software() -> dict[str, str]:
+    """Versions of what computes, without importing it."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **versions}
+
+
+def describe_environment(device: str, num_processes: int) -> dict[str, Any]:
+    """The environment of a training process.
+
+    Args:
+        device: `cpu` or `cuda`, where the parameters live.
+    """
+    import torch
+
+    hardware: dict[str, Any] = {"device": device, "machine": platform.machine()}
+    if device == "cuda":
+        hardware["gpu"] = torch.cuda.get_device_name()
+        hardware["cuda"] = torch.version.cuda
+    else:
+        hardware["instructions"] = torch.backends.cpu.get_cpu_capability()
+        hardware["threads"] = torch.get_num_threads()
+    return {"software": describe_software(), "hardware": hardware, "num_processes": num_processes}

@@ -1,0 +1,122 @@
+"""What a causal language model is made of: its decoder layers, their linear modules, its digest."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from llm_unlearn.errors import UserError
+from llm_unlearn.exact.config import ModelShape, Module
+from llm_unlearn.exact.trie import digest
+
+
+def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers of any Hugging Face causal language model.
+
+    It is the one `nn.ModuleList` below the model whose length is the configured number of layers.
+    Layers are addressed by their parsed index in it, never by a part of their name ("layers.1" is
+    also the beginning of "layers.10").
+
+    Raises:
+        UserError: there is no such list, or more than one.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if len(found) != 1:
+        raise UserError(
+            f"{type(model).__name__}: expected one list of {count} decoder layers, found "
+            f"{[name for name, _ in found]}. This model family is not supported"
+        )
+    return found[0]
+
+
+def find_linear_modules(model: nn.Module, targets: list[str] | None) -> list[Module]:
+    """The linear modules of the decoder layers that carry LoRA.
+
+    Args:
+        targets: last parts of their names (`q_proj`, ...); None or `["all-linear"]` takes all.
+
+    Raises:
+        UserError: a target that no decoder layer has; the message lists those it has.
+    """
+    prefix, layers = find_decoder_layers(model)
+    linear = [
+        Module(f"{prefix}.{index}.{name}", index, *_sizes(module))
+        for index, layer in enumerate(layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    known = sorted({module.name.rsplit(".", 1)[-1] for module in linear})
+    if not known:
+        raise UserError(f"{type(model).__name__} has no linear modules that LoRA could be put on")
+    if not targets or targets == ["all-linear"]:
+        return linear
+    if unknown := sorted(set(targets) - set(known)):
+        raise UserError(f"--lora_target_modules {unknown[0]!r} is not in the decoder layers; they have {known}")
+    return [module for module in linear if module.name.rsplit(".", 1)[-1] in targets]
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
+
+
+def tensors_digest(model: nn.Module, skip: set[str] | None = None) -> str:
+    """SHA-256 over all parameters and buffers: names, types, shapes and bytes.
+
+    Args:
+        skip: names that are left out (the parameters in training).
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if skip and name in skip:
+            continue
+        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of what turns text into ids: vocabulary, merges, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
+    return digest([state, special, str(tokenizer.chat_template)])
+
+
+def describe_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name_or_path: str,
+    revision: str | None = None,
+    targets: list[str] | None = None,
+) -> ModelShape:
+    """Everything that a run keeps of its base model.
+
+    Raises:
+        UserError: the model family is not supported or a target module does not exist.
+    """
+    prefix, layers = find_decoder_layers(model)
+    modules = find_linear_modules(model, targets)
+    return ModelShape(
+        name_or_path=str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path,
+        revision=revision,
+        weights=tensors_digest(model),
+        tokenizer=tokenizer_digest(tokenizer),
+        num_layers=len(layers),
+        layers_pattern=prefix.rsplit(".", 1)[-1],
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
+        modules=tuple(modules),
+    )

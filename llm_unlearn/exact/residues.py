@@ -1,0 +1,55 @@
+"""Residues: everything in a run that a record can leave traces in, by kind, and how it is purged.
+
+A new writer adds its kind here. Whatever lies in a run directory and is of no known kind is named
+in the certificate as out of reach, so forgetting to register one shows.
+"""
+
+from pathlib import Path
+
+from llm_unlearn import files
+from llm_unlearn.exact.store import OWN_ENTRIES, RunDirectory
+
+# Directories that are emptied by every deletion: they are made again when training needs them.
+EMPTIED = {
+    "hidden-state cache": "cache",
+    "trainer output": "trainer",
+}
+
+# What no run directory can reach; named in every certificate.
+OUT_OF_REACH = (
+    "the pre-training data of the base model",
+    "the source of the records (the file or Hub dataset that the run was made from)",
+    "copies of the run directory or of earlier served adapters (backups, downloads, the Hub, other servers)",
+    "blocks that the file system or the disk has freed but not overwritten",
+)
+
+
+def purge_nodes(run: RunDirectory, wanted: set[str]) -> list[str]:
+    """Drop every node that the run does not want any more; returns their keys."""
+    stale = [key for key in run.nodes.keys() if key not in wanted]
+    for key in stale:
+        run.nodes.remove(key)
+    return stale
+
+
+def purge_emptied(run: RunDirectory) -> dict[str, int]:
+    """Empty the caches and training outputs; returns how many files of each kind went."""
+    counts = {}
+    for kind, name in EMPTIED.items():
+        directory = run.path / name
+        counts[kind] = sum(path.is_file() for path in directory.rglob("*")) if directory.is_dir() else 0
+        files.remove(directory)
+    return counts
+
+
+def purge_temporary(run: RunDirectory) -> int:
+    """Remove what crashes left half written. The caller holds the lock under which it is written."""
+    stale = [path for path in run.path.rglob(f"{files.TEMPORARY_PREFIX}*") if path.exists() or path.is_symlink()]
+    for path in stale:
+        files.remove(path)
+    return len(stale)
+
+
+def unrecognised(run: RunDirectory) -> list[Path]:
+    """Entries of the run directory that are of no known kind."""
+    return sorted(path for path in run.path.iterdir() if path.name not in OWN_ENTRIES)

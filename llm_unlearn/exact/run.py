@@ -1,0 +1,209 @@
+"""`S3TRun`: the one object that a program needs, thin over the rest of `exact`."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_unlearn.data.partition import SliceName, describe_sizes
+from llm_unlearn.data.records import Record
+from llm_unlearn.exact.blocks import describe_split
+from llm_unlearn.exact.deletion import Deletion, delete, settle
+from llm_unlearn.exact.served import read_lineage
+from llm_unlearn.exact.store import RunDirectory, read_key
+from llm_unlearn.exact.trie import longest_surviving_prefix
+from llm_unlearn.exact.verification import Check, replay_nodes, verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import ModelConfig
+
+    from llm_unlearn.exact.arguments import S3TConfig
+    from llm_unlearn.exact.ensemble import ShardEnsemble
+    from llm_unlearn.exact.training import Progress, TrainingReport
+
+
+@dataclass(frozen=True)
+class ShardStatus:
+    """One shard: how deep it is served, how deep it could be, and what a rebuild would train."""
+
+    shard: int
+    served_depth: int
+    surviving_depth: int
+    full_depth: int
+    nodes: int
+    missing_nodes: int
+    records: int
+    subjects: int
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What a run holds now. `to_dict` is what `--json` prints."""
+
+    path: str
+    base_model: str
+    blocks: str
+    slice_data: str
+    shards: list[ShardStatus]
+    requests: int
+    pending_requests: int
+    deleted_subjects: int
+    storage_bytes: int
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "shards": [vars(shard) for shard in self.shards]}
+
+
+class S3TRun:
+    """An exact run: train it, delete from it, rebuild it, verify it, serve it.
+
+    Example:
+        >>> run = S3TRun.create("runs/mine", records, S3TConfig(num_slices=4), model, tokenizer)
+        >>> run.train(model, tokenizer)
+        >>> run.delete(["Ada Lovelace"])
+    """
+
+    def __init__(self, directory: RunDirectory):
+        self.directory = directory
+
+    @classmethod
+    def open(cls, path: str | Path) -> "S3TRun":
+        """Open an existing run; UserError if there is none."""
+        return cls(RunDirectory.open(path))
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        records: Sequence[Record] | Callable[[], Sequence[Record]],
+        arguments: "S3TConfig",
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        model_arguments: "ModelConfig | None" = None,
+        source: dict[str, Any] | None = None,
+    ) -> "S3TRun":
+        """Partition records into a new run, or go on with the one at `path` if it fits.
+
+        An existing run keeps its own records, without what was deleted from it: the records given
+        here are not looked at again, and a function that would load them is not called.
+
+        Raises:
+            UserError: impossible flags, or a run of another configuration or base model.
+        """
+        from trl import ModelConfig
+
+        from llm_unlearn.exact.arguments import make_config, make_shape
+
+        model_arguments = model_arguments or ModelConfig()
+        config = make_config(arguments, model_arguments)
+        shape = make_shape(model, tokenizer, model_arguments)
+        if (Path(path) / "run.json").exists():
+            directory = RunDirectory.open(path)
+            directory.ensure_same(config, shape)
+            return cls(directory)
+        key = read_key(arguments.key_path) if arguments.key_path else None
+        records = records() if callable(records) else records
+        return cls(RunDirectory.create(path, records, config, shape, key, source))
+
+    @property
+    def path(self) -> Path:
+        return self.directory.path
+
+    def train(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: "Progress | None" = None
+    ) -> "TrainingReport":
+        """Train every missing node: all of a new run, or what a deletion or a crash took."""
+        from llm_unlearn.exact.training import train
+
+        return train(self.directory, model, tokenizer, progress)
+
+    def warnings(self) -> list[str]:
+        """What a person should know about the data before training: sizes, splits, shared texts."""
+        directory = self.directory
+        sizes = {name: directory.slices.header(name).records for name in directory.slices.names}
+        found = describe_sizes(sizes)
+        if split := describe_split(directory.config.blocks, directory.blocks):
+            found.append(split)
+        texts, records = directory.slices.shared_texts()
+        if texts:
+            found.append(
+                f"{texts} texts are held by more than one subject ({records} records): a deletion of one "
+                "subject leaves the others' copies unless it is asked for --with-duplicates"
+            )
+        return found
+
+    def rebuild(self, progress: "Progress | None" = None) -> "TrainingReport":
+        """Load the base model and train what is missing, without the deleted data."""
+        from llm_unlearn.exact.base_model import load_base_of
+
+        return self.train(*load_base_of(self.directory), progress=progress)
+
+    def delete(self, subjects: Sequence[str], with_duplicates: bool = False) -> Deletion:
+        """Delete subjects exactly, all or none; see `llm_unlearn.exact.deletion.delete`."""
+        return delete(self.directory, subjects, with_duplicates)
+
+    def settle(self) -> None:
+        """Carry out requests that a crash left acknowledged but unfinished."""
+        with self.directory.changing("finishing a deletion in it"):
+            settle(self.directory)
+
+    def verify(self, replay: int = 0) -> list[Check]:
+        """All file checks, and `replay` random nodes trained again and compared."""
+        checks = verify(self.directory)
+        return [*checks, replay_nodes(self.directory, replay)] if replay else checks
+
+    def status(self) -> RunStatus:
+        """What the run holds now, derived from its files."""
+        directory = self.directory
+        requests = directory.ledger.requests()
+        return RunStatus(
+            path=str(directory.path),
+            base_model=directory.shape.name_or_path,
+            blocks=directory.config.blocks,
+            slice_data=directory.config.slice_data,
+            shards=[self._shard_status(shard) for shard in directory.shards],
+            requests=len(requests),
+            pending_requests=sum(request.finished_at is None for request in requests),
+            deleted_subjects=sum(t.kind == "subject" for request in requests for t in request.targets),
+            storage_bytes=sum(p.stat().st_size for p in directory.path.rglob("*") if p.is_file()),
+            warnings=self.warnings(),
+        )
+
+    def _shard_status(self, shard: int) -> ShardStatus:
+        directory = self.directory
+        paths = directory.paths(shard)
+        headers = [directory.slices.header(SliceName(shard, part)) for part in range(directory.config.num_slices)]
+        wanted = {node.key for path in paths for node in path}
+        present = {key for key in wanted if directory.nodes.exists(key)}
+        lineage = read_lineage(directory.served / f"shard-{shard}")
+        return ShardStatus(
+            shard=shard,
+            served_depth=len(lineage["nodes"]) if lineage else 0,
+            surviving_depth=len(longest_surviving_prefix(paths, directory.nodes.exists)),
+            full_depth=max(map(len, paths)),
+            nodes=len(present),
+            missing_nodes=len(wanted) - len(present),
+            records=sum(header.records for header in headers),
+            subjects=sum(header.subjects for header in headers),
+        )
+
+    def training_seconds(self) -> float:
+        """What training all nodes of the complete run took, as far as the ledger knows."""
+        events = self.directory.ledger.events("trained")
+        seconds = {event.payload["node"]: event.payload["seconds"] for event in events}
+        return sum(seconds.get(key, 0.0) for key in self.directory.wanted())
+
+    def certificate(self, request: str) -> dict[str, Any]:
+        """The certificate of a request."""
+        return json.loads((self.path / "certificates" / f"{request}.json").read_bytes())
+
+    def ensemble(self) -> "ShardEnsemble":
+        """The served adapters of all shards as one model with `forward` and `generate`."""
+        from llm_unlearn.exact.base_model import load_base_of
+        from llm_unlearn.exact.ensemble import ShardEnsemble
+
+        model, _ = load_base_of(self.directory)
+        return ShardEnsemble.from_run(model, self.directory.served)

@@ -1,0 +1,161 @@
+"""What is served: per shard the longest surviving prefix, as an ordinary PEFT adapter."""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from llm_unlearn import files
+from llm_unlearn.data.records import canonical
+from llm_unlearn.exact.adapters import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    adapter_config,
+    assemble,
+    empty_adapter,
+    served_digest,
+    to_bytes,
+)
+from llm_unlearn.exact.store import RunDirectory
+from llm_unlearn.exact.trie import Node, digest, longest_surviving_prefix
+
+LINEAGE_NAME = "lineage.json"
+
+CARD = """---
+library_name: peft
+base_model: {base}
+tags: [unlearning, s3t, lora]
+---
+# Shard {shard}: {depth} of {slices} slices
+
+{sentence}
+
+Load it with `PeftModel.from_pretrained(base_model, "this directory")`. `lineage.json` names the nodes it is made of.
+What is served is a deterministic function of data that contains no deleted record; the base model's own
+pre-training data is outside the guarantee.
+"""
+
+
+def read_lineage(directory: Path) -> dict[str, Any] | None:
+    """The lineage of a served shard, or None if there is none to read."""
+    try:
+        return json.loads((directory / LINEAGE_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def prefix_to_serve(run: RunDirectory, shard: int) -> list[Node]:
+    """The longest surviving prefix. Damaged nodes count as lost, so they cannot hold up a deletion.
+
+    The files of the nodes are read only where something new has to be assembled.
+    """
+    paths = run.paths(shard)
+    present = longest_surviving_prefix(paths, run.nodes.exists)
+    if is_current(run, shard, present):
+        return present
+    alive: dict[str, bool] = {}
+
+    def is_alive(key: str) -> bool:
+        if key not in alive:
+            alive[key] = run.nodes.exists(key) and run.nodes.is_intact(key)
+        return alive[key]
+
+    return longest_surviving_prefix(paths, is_alive)
+
+
+def lineage(run: RunDirectory, shard: int, nodes: list[Node]) -> dict[str, Any]:
+    return {
+        "shard": shard,
+        "base_model": run.shape.weights,
+        "identity": run.identity,
+        "nodes": [
+            {
+                "key": node.key,
+                "weights": run.nodes.manifest(node.key)["weights"],
+                "stage": node.block.stage,
+                "slice": node.path[-1],
+                "root": node.roots[-1],
+            }
+            for node in nodes
+        ],
+    }
+
+
+def _write_shard(run: RunDirectory, shard: int, nodes: list[Node], directory: Path) -> dict[str, Any]:
+    tensors = assemble([run.nodes.load(node.key) for node in nodes]) if nodes else empty_adapter(run.shape)
+    data = to_bytes(tensors)
+    config = adapter_config(tensors, run.config.lora, run.shape)
+    described = lineage(run, shard, nodes) | {"digest": served_digest(data, config)}
+    directory.mkdir()
+    (directory / WEIGHTS_NAME).write_bytes(data)
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
+    sentence = (
+        f"A LoRA adapter of {len(nodes)} trained blocks."
+        if nodes
+        else "No block of this shard is left: **this is the base model**, behind an adapter of zeros that changes nothing."
+    )
+    card = CARD.format(
+        base=run.shape.name_or_path, shard=shard, depth=len(nodes), slices=run.config.num_slices, sentence=sentence
+    )
+    (directory / "README.md").write_text(card)
+    (directory / LINEAGE_NAME).write_text(json.dumps(described, indent=2, sort_keys=True))
+    return described
+
+
+def _link_shard(source: Path, target: Path) -> None:
+    """An unchanged shard goes to the next generation as hard links: no copy, same bytes."""
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        os.link(file, target / file.name)
+
+
+def is_current(run: RunDirectory, shard: int, nodes: list[Node]) -> bool:
+    """Is the shard served from exactly these nodes, files included?"""
+    directory = run.served / f"shard-{shard}"
+    described = read_lineage(directory)
+    if described is None or [node["key"] for node in described.get("nodes", [])] != [node.key for node in nodes]:
+        return False
+    return (directory / WEIGHTS_NAME).is_file() and (directory / CONFIG_NAME).is_file()
+
+
+def serve(run: RunDirectory) -> dict[int, dict[str, Any]]:
+    """Bring `served/` up to date with the surviving nodes, by one rename; returns the lineages.
+
+    The caller holds the run's lock. Generations that are not served any more are removed.
+    """
+    chosen = {shard: prefix_to_serve(run, shard) for shard in run.shards}
+    if not all(is_current(run, shard, nodes) for shard, nodes in chosen.items()):
+        generation = run.path / "generations" / secrets.token_hex(8)
+        generation.mkdir(parents=True)
+        for shard, nodes in chosen.items():
+            target = generation / f"shard-{shard}"
+            if is_current(run, shard, nodes):
+                _link_shard(run.served / f"shard-{shard}", target)
+            else:
+                _write_shard(run, shard, nodes, target)
+        files.fsync_tree(generation)
+        files.fsync(generation.parent)
+        files.publish_link(generation, run.served)
+    remove_old_generations(run)
+    return {shard: read_lineage(run.served / f"shard-{shard}") or {} for shard in run.shards}
+
+
+def remove_old_generations(run: RunDirectory) -> int:
+    """Remove what was served before, and what a crash left half written; returns how many."""
+    generations = run.path / "generations"
+    if not generations.is_dir():
+        return 0
+    current = run.served.resolve() if run.served.is_symlink() else None
+    stale = [path for path in generations.iterdir() if path.resolve() != current]
+    for path in stale:
+        files.remove(path)
+    return len(stale)
+
+
+def digest_of_served(run: RunDirectory) -> str | None:
+    """One digest of everything that is served now, None before anything is."""
+    lineages = [read_lineage(run.served / f"shard-{shard}") for shard in run.shards]
+    if any(entry is None for entry in lineages):
+        return None
+    return digest([canonical(entry).decode() for entry in lineages])

@@ -1,0 +1,184 @@
+"""The records of a run on disk: one file per slice, in an order that says nothing.
+
+    RUN/records/shard-0/slice-2.jsonl        a header line, then one canonical line per record
+    RUN/records/shard-0/slice-2.<root>.texts digests of the texts, to find copies held by others
+
+The lines are sorted by their keyed leaf, so the bytes of a slice are a function of its records
+and the key: a run that never held a deleted record has the very same file.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llm_unlearn import files
+from llm_unlearn.data.partition import TEXT_DIGEST_BYTES, PartitionKey, SliceName, merkle_root
+from llm_unlearn.data.records import Record, canonical
+from llm_unlearn.errors import RunError
+
+DIGEST_TYPE = np.dtype("<u8")
+assert DIGEST_TYPE.itemsize == TEXT_DIGEST_BYTES
+
+
+@dataclass(frozen=True)
+class SliceHeader:
+    """First line of a slice file: what the trie needs to know without reading the records."""
+
+    shard: int
+    slice: int
+    records: int
+    subjects: int
+    root: str
+
+
+class SliceStore:
+    """Reads and rewrites the slices of a run. Callers hold the run's lock for what writes."""
+
+    def __init__(self, directory: Path, key: PartitionKey, num_shards: int, num_slices: int):
+        self.directory = directory
+        self.key = key
+        self.names = [SliceName(d, s) for d in range(num_shards) for s in range(num_slices)]
+        self._shape = (num_shards, num_slices)
+
+    def path(self, name: SliceName) -> Path:
+        return self.directory / f"shard-{name.shard}" / f"slice-{name.slice}.jsonl"
+
+    def place(self, subject: str) -> SliceName:
+        return self.key.place(self.key.pseudonym("subject", subject), *self._shape)
+
+    def write_all(self, records: Iterable[Record]) -> None:
+        """Place every record by its subject and write all slices, the empty ones too."""
+        lines: dict[SliceName, list[bytes]] = {name: [] for name in self.names}
+        placed: dict[str, SliceName] = {}
+        for record in records:
+            if record.subject not in placed:
+                placed[record.subject] = self.place(record.subject)
+            lines[placed[record.subject]].append(record.to_line())
+        for name in self.names:
+            self._write(name, lines.pop(name))
+
+    def _write(self, name: SliceName, lines: list[bytes]) -> SliceHeader:
+        keyed = sorted((self.key.leaf(line), line) for line in lines)
+        parsed = [Record.from_line(line) for _, line in keyed]
+        header = SliceHeader(
+            shard=name.shard,
+            slice=name.slice,
+            records=len(keyed),
+            subjects=len({record.subject for record in parsed}),
+            root=merkle_root([leaf for leaf, _ in keyed]),
+        )
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(self._texts_path(header), self._digests(parsed).tobytes())
+        files.write_bytes(path, b"\n".join([canonical(asdict(header)), *(line for _, line in keyed), b""]))
+        for stale in path.parent.glob(f"slice-{name.slice}.*.texts"):
+            if stale != self._texts_path(header):
+                files.remove(stale)
+        return header
+
+    def _texts_path(self, header: SliceHeader) -> Path:
+        name = f"slice-{header.slice}.{header.root[:16]}.texts"
+        return self.directory / f"shard-{header.shard}" / name
+
+    def _digests(self, records: Iterable[Record]) -> np.ndarray:
+        return np.frombuffer(b"".join(map(self.key.text_digest, records)), dtype=DIGEST_TYPE)
+
+    def header(self, name: SliceName) -> SliceHeader:
+        """Reads one line. `verify` checks that it tells the truth about the others."""
+        path = self.path(name)
+        try:
+            with path.open("rb") as stream:
+                return SliceHeader(**json.loads(stream.readline()))
+        except FileNotFoundError:
+            raise RunError(f"{path} is missing: restore the run directory from a backup") from None
+        except (ValueError, TypeError):
+            raise RunError(f"{path} is damaged: its first line is not a header") from None
+
+    def roots(self, shard: int) -> dict[int, str | None]:
+        """Merkle root of every slice of a shard; None where the slice is empty."""
+        headers = [self.header(name) for name in self.names if name.shard == shard]
+        return {header.slice: header.root if header.records else None for header in headers}
+
+    def lines(self, name: SliceName) -> Iterator[bytes]:
+        with self.path(name).open("rb") as stream:
+            next(stream, None)
+            for line in stream:
+                yield line.rstrip(b"\n")
+
+    def read(self, name: SliceName) -> list[Record]:
+        """The records of a slice, in the order of their leaves.
+
+        Raises:
+            RunError: a line is not a record.
+        """
+        try:
+            return [Record.from_line(line) for line in self.lines(name)]
+        except (ValueError, TypeError):
+            raise RunError(f"{self.path(name)} is damaged: a line is not a record; run `llm-unlearn verify`") from None
+
+    def remove(self, name: SliceName, tombstones: set[str]) -> int:
+        """Rewrite a slice without the tombstoned subjects and records; returns how many went."""
+        is_gone = self.matcher(tombstones)
+        lines = list(self.lines(name))
+        kept = [line for line in lines if not is_gone(Record.from_line(line))]
+        if len(kept) < len(lines):
+            self._write(name, kept)
+        return len(lines) - len(kept)
+
+    def matcher(self, tombstones: set[str]) -> Callable[[Record], bool]:
+        """Predicate: is the record, or its subject, named by one of the tombstones?"""
+        subjects: dict[str, bool] = {}
+
+        def is_gone(record: Record) -> bool:
+            if record.subject not in subjects:
+                subjects[record.subject] = self.key.pseudonym("subject", record.subject) in tombstones
+            return subjects[record.subject] or self.key.pseudonym("record", record.id) in tombstones
+
+        return is_gone
+
+    def copies(self, records: list[Record], holders: set[str]) -> dict[SliceName, list[Record]]:
+        """Records of other subjects with the same text as one of `records`.
+
+        Args:
+            holders: subjects whose records do not count, since they go anyway.
+        """
+        wanted = np.unique(self._digests(records))
+        found: dict[SliceName, list[Record]] = {}
+        for name in self.names:
+            positions = np.flatnonzero(np.isin(self._text_digests(name), wanted))
+            if positions.size == 0:
+                continue
+            lines = list(self.lines(name))
+            others = [Record.from_line(lines[position]) for position in positions]
+            others = [record for record in others if record.subject not in holders]
+            if others:
+                found[name] = others
+        return found
+
+    def _text_digests(self, name: SliceName) -> np.ndarray:
+        header = self.header(name)
+        path = self._texts_path(header)
+        if path.is_file() and path.stat().st_size == header.records * TEXT_DIGEST_BYTES:
+            return np.fromfile(path, dtype=DIGEST_TYPE)
+        return self._digests(self.read(name))
+
+    def shared_texts(self) -> tuple[int, int]:
+        """How many texts are held by more than one subject, and in how many records.
+
+        Reads the digests of all records, and the records themselves only where digests meet.
+        """
+        digests = [self._text_digests(name) for name in self.names]
+        values, counts = np.unique(np.concatenate(digests), return_counts=True)
+        repeated = values[counts > 1]
+        holders: dict[bytes, list[str]] = {}
+        for name, held in zip(self.names, digests, strict=True):
+            positions = set(np.flatnonzero(np.isin(held, repeated)).tolist())
+            for position, line in enumerate(self.lines(name) if positions else ()):
+                if position in positions:
+                    record = Record.from_line(line)
+                    holders.setdefault(self.key.text_digest(record), []).append(record.subject)
+        shared = [subjects for subjects in holders.values() if len(set(subjects)) > 1]
+        return len(shared), sum(map(len, shared))

@@ -1,0 +1,266 @@
+"""The run directory: where everything of a run lives, and the nodes in it.
+
+    RUN/run.json            configuration and base model, written once and last
+    RUN/secret.key          the partition key, mode 0600
+    RUN/ledger.sqlite       requests, tombstones, events; ledger.head remembers the chain's end
+    RUN/records/            the records, slice by slice
+    RUN/nodes/<key>/        adapter_model.safetensors and manifest.json of one trained block
+    RUN/served              link to the directory in generations/ that is served now
+    RUN/cache/, trainer/    residues of training: purged when it ends and by every deletion
+    RUN/certificates/       one file per request
+
+What is wanted is always derived from run.json and the records; nothing is believed twice.
+"""
+
+import json
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llm_unlearn import files
+from llm_unlearn.data.partition import KEY_BYTES, PartitionKey
+from llm_unlearn.data.records import Record, canonical
+from llm_unlearn.errors import RunError, UserError
+from llm_unlearn.exact.adapters import WEIGHTS_NAME, Tensors, file_digest, load_tensors, to_bytes
+from llm_unlearn.exact.blocks import Block, make_blocks
+from llm_unlearn.exact.config import ModelShape, RunConfig
+from llm_unlearn.exact.ledger import Ledger
+from llm_unlearn.exact.slices import SliceStore
+from llm_unlearn.exact.trie import Node, wanted_paths
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+OWN_ENTRIES = (
+    "run.json", "secret.key", "ledger.sqlite", "ledger.sqlite-journal", "ledger.head", "records", "nodes",
+    "served", "generations", "cache", "trainer", "certificates", "state.lock", "train.lock",
+)  # fmt: skip
+
+
+class NodeStore:
+    """Trained nodes by key. A node exists whole or not at all."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def exists(self, key: str) -> bool:
+        return (self.directory / key / MANIFEST_NAME).is_file()
+
+    def keys(self) -> list[str]:
+        """Keys of all node directories, damaged ones too."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(p.name for p in self.directory.iterdir() if not p.name.startswith(files.TEMPORARY_PREFIX))
+
+    def manifest(self, key: str) -> dict[str, Any]:
+        path = self.directory / key / MANIFEST_NAME
+        try:
+            return json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            raise RunError(f"{path} is damaged or missing: `llm-unlearn rebuild` trains the node again") from None
+
+    def is_intact(self, key: str) -> bool:
+        """Are the weights those that the manifest names? Reads the whole node."""
+        try:
+            return file_digest(self.directory / key / WEIGHTS_NAME) == self.manifest(key)["weights"]
+        except (RunError, OSError, KeyError, TypeError):
+            return False
+
+    def load(self, key: str) -> Tensors:
+        return load_tensors(self.directory / key / WEIGHTS_NAME)
+
+    def publish(self, node: Node, tensors: Tensors, details: dict[str, Any], before: Any = None) -> None:
+        """Write a node beside and rename it.
+
+        Args:
+            details: what else the manifest says (environment); nothing of the moment, so that
+                two runs with the same data write the same bytes.
+            before: called with the digest of the weights just before the node becomes visible.
+        """
+        self.directory.mkdir(exist_ok=True)
+        temporary = files.temporary_name(self.directory / node.key)
+        temporary.mkdir()
+        data = to_bytes(tensors)
+        (temporary / WEIGHTS_NAME).write_bytes(data)
+        weights = file_digest(temporary / WEIGHTS_NAME)
+        manifest = {"version": FORMAT_VERSION, **node.to_dict(), "weights": weights, **details}
+        (temporary / MANIFEST_NAME).write_bytes(canonical(manifest))
+        if before is not None:
+            before(weights)
+        files.publish_directory(temporary, self.directory / node.key)
+
+    def remove(self, key: str) -> None:
+        """Drop a node: out of sight by a rename first, so that a crash leaves no half of it."""
+        doomed = files.temporary_name(self.directory / key)
+        (self.directory / key).rename(doomed)
+        files.remove(doomed)
+
+
+class RunDirectory:
+    """A run on disk. Opening it reads run.json and the key; everything else when asked."""
+
+    def __init__(self, path: Path, description: dict[str, Any], key: PartitionKey):
+        self.path = path
+        self.description = description
+        self.config = RunConfig.from_dict(description["config"])
+        self.shape = ModelShape.from_dict(description["model"])
+        self.key = key
+        self.slices = SliceStore(path / "records", key, self.config.num_shards, self.config.num_slices)
+        self.nodes = NodeStore(path / "nodes")
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunDirectory":
+        """Open an existing run.
+
+        Raises:
+            UserError: there is no run at `path`.
+            RunError: run.json or secret.key is damaged.
+        """
+        path = Path(path)
+        if not (path / "run.json").is_file():
+            raise UserError(f"{path} is not a run: it has no run.json (make one with recipes/s3t.py --output_dir {path})")
+        try:
+            description = json.loads((path / "run.json").read_bytes())
+            if description["version"] != FORMAT_VERSION:
+                raise RunError(f"{path} was written by another version of the format ({description['version']})")
+            return cls(path, description, PartitionKey((path / "secret.key").read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged ({error}): restore run.json and secret.key from a backup") from None
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        records: Iterable[Record],
+        config: RunConfig,
+        shape: ModelShape,
+        key: PartitionKey | None = None,
+        source: dict[str, Any] | None = None,
+    ) -> "RunDirectory":
+        """Partition the records and write a new run. run.json comes last: a crash leaves no run.
+
+        Args:
+            key: the partition key; a fresh random one by default.
+            source: where the records came from, for the record only.
+
+        Raises:
+            UserError: the directory already holds a run or files that are not ours.
+        """
+        path = Path(path)
+        if (path / "run.json").exists():
+            raise UserError(f"{path} already holds a run")
+        foreign = [p.name for p in path.iterdir() if p.name not in OWN_ENTRIES] if path.is_dir() else []
+        if foreign:
+            raise UserError(f"{path} is not empty (it holds {sorted(foreign)[0]!r}): choose another --output_dir")
+        make_blocks(config.blocks, config.num_slices, shape.num_layers, config.lora.rank)
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)
+        with files.locked(path / "state.lock", "creating it"):
+            return cls._create(path, records, config, shape, key or PartitionKey.random(), source)
+
+    @classmethod
+    def _create(
+        cls,
+        path: Path,
+        records: Iterable[Record],
+        config: RunConfig,
+        shape: ModelShape,
+        key: PartitionKey,
+        source: dict[str, Any] | None,
+    ) -> "RunDirectory":
+        if (path / "run.json").exists():
+            raise UserError(f"{path} already holds a run")
+        for name in OWN_ENTRIES:
+            if not name.endswith(".lock"):
+                files.remove(path / name)
+        files.write_bytes(path / "secret.key", key.secret, mode=0o600)
+        description = {
+            "version": FORMAT_VERSION,
+            "config": config.to_dict(),
+            "model": asdict(shape),
+            "salt_id": key.salt_id,
+            "source": source or {},
+        }
+        run = cls(path, json.loads(canonical(description)), key)
+        run.slices.write_all(records)
+        run.ledger.create()
+        run.ledger.append("created", {"config": run.config.identity(run.shape), "salt_id": key.salt_id})
+        files.write_bytes(path / "run.json", json.dumps(description, indent=2, sort_keys=True).encode())
+        return run
+
+    def ensure_same(self, config: RunConfig, shape: ModelShape) -> None:
+        """Refuse to go on with another configuration or base model than the run's.
+
+        Raises:
+            UserError: names the first differing setting with both values.
+        """
+        if shape.weights != self.shape.weights:
+            raise UserError(
+                f"{self.path} was made from another base model ({self.shape.name_or_path}) than "
+                f"{shape.name_or_path}: the weights differ. Choose another --output_dir"
+            )
+        if shape.tokenizer != self.shape.tokenizer:
+            raise UserError(f"{self.path} was made with another tokenizer: choose another --output_dir")
+        theirs, ours = config.to_dict() | {"runtime": None}, self.config.to_dict() | {"runtime": None}
+        for group in ("training", "lora", "model"):
+            theirs |= {f"{group}.{name}": value for name, value in theirs.pop(group).items()}
+            ours |= {f"{group}.{name}": value for name, value in ours.pop(group).items()}
+        for name in sorted(theirs.keys() | ours.keys()):
+            if canonical(theirs.get(name)) != canonical(ours.get(name)):
+                raise UserError(
+                    f"{self.path} was made with another configuration: {name} is {ours.get(name)} there and "
+                    f"{theirs.get(name)} now. Use the same flags, or another --output_dir"
+                )
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(f"sqlite:///{self.path / 'ledger.sqlite'}", self.path / "ledger.head")
+
+    @cached_property
+    def identity(self) -> str:
+        return self.config.identity(self.shape)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        return make_blocks(
+            self.config.blocks, self.config.num_slices, self.shape.num_layers, self.config.lora.rank
+        )
+
+    @property
+    def shards(self) -> range:
+        return range(self.config.num_shards)
+
+    @property
+    def served(self) -> Path:
+        return self.path / "served"
+
+    def paths(self, shard: int) -> list[list[Node]]:
+        """The nodes that the shard's sequences want, given the records it holds now."""
+        roots = self.slices.roots(shard)
+        return wanted_paths(self.identity, shard, list(self.config.sequences), self.blocks, roots)
+
+    def wanted(self) -> dict[str, Node]:
+        """Every node of the complete run, by key."""
+        return {node.key: node for shard in self.shards for path in self.paths(shard) for node in path}
+
+    def changing(self, holder: str) -> AbstractContextManager[None]:
+        """Lock for whatever changes records, nodes or what is served; held for moments only."""
+        return files.locked(self.path / "state.lock", holder)
+
+    def training(self) -> AbstractContextManager[None]:
+        """Lock of the one process (group) that trains; a deletion does not wait for it."""
+        return files.locked(self.path / "train.lock", "training it", timeout=1.0)
+
+
+def read_key(path: str | Path) -> PartitionKey:
+    """The partition key of another run, to reproduce its slices and bits.
+
+    Raises:
+        UserError: the file is missing or is not a key.
+    """
+    try:
+        return PartitionKey(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read a key of {KEY_BYTES} bytes from {path}: {error}") from None

@@ -1,0 +1,286 @@
+"""Training what a run misses: node after node, resumable at any moment, on one or more processes.
+
+The main process decides and writes; the others receive their task and help to compute. A request
+that arrives meanwhile is carried out at once: a node that it makes obsolete is thrown away when
+it is finished instead of being published.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_unlearn.data.encoding import Example, check_lengths, encode
+from llm_unlearn.data.partition import SliceName
+from llm_unlearn.data.records import Record
+from llm_unlearn.errors import UserError
+from llm_unlearn.exact import residues
+from llm_unlearn.exact.adapters import Tensors
+from llm_unlearn.exact.deletion import depths_of, settle
+from llm_unlearn.exact.environment import describe_environment
+from llm_unlearn.exact.node_training import NodeTask, train_node
+from llm_unlearn.exact.replay import StateCache, capture
+from llm_unlearn.exact.served import serve
+from llm_unlearn.exact.store import RunDirectory
+from llm_unlearn.exact.trie import NUMERICS_VERSION, Node, digest, missing_nodes
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a call of `train` did: nodes trained and found, seconds, and the served depths."""
+
+    trained: int
+    reused: int
+    discarded: int
+    seconds: float
+    served: dict[int, int]
+
+
+class Progress:
+    """What training tells about itself; the default says nothing."""
+
+    def node(self, node: Node, number: int, total: int) -> None: ...
+
+    def step(self, step: int, total: int) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+
+class Task(NamedTuple):
+    """A node to train, as it travels from the main process to the others.
+
+    Attributes:
+        parents: nodes of the path before it; `parts` are their tensors.
+        examples: with the slice that each belongs to.
+    """
+
+    node: Node
+    parents: list[Node]
+    parts: list[Tensors]
+    examples: list[tuple[int, Example]]
+
+
+def train(
+    run: RunDirectory,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress | None = None,
+) -> TrainingReport:
+    """Train every missing node of a run and serve the result.
+
+    Call it on every process of an `accelerate launch`. Killed anywhere, the next call goes on
+    with the node that was in training and reaches the same bits.
+
+    Raises:
+        RunError: another process trains this run, or the disk is full.
+        UserError: a record has nothing to learn within the maximum length.
+    """
+    progress = progress or Progress()
+    state = PartialState()
+    started = time.monotonic()
+    counts = {"trained": 0, "discarded": 0}
+    lock: AbstractContextManager[None] = run.training() if state.is_main_process else nullcontext()
+    with lock:
+        reused = _from_main(lambda: _prepare(run, tokenizer, progress))
+        while (task := _from_main(lambda: _next_task(run, tokenizer, progress, counts["trained"]))) is not None:
+            if not _from_main(lambda task=task: _cache_states(run, base, task)):
+                continue
+            began = time.monotonic()
+            new = _compute(run, base, tokenizer, task, progress.step if state.is_main_process else None)
+            details = {"device": base.device.type, "seconds": round(time.monotonic() - began, 3)}
+            kept = _from_main(lambda task=task, new=new, said=details: _publish(run, task.node, new, **said))
+            counts["trained" if kept else "discarded"] += 1
+        served = _from_main(lambda: _finish(run))
+    return TrainingReport(counts["trained"], reused, counts["discarded"], time.monotonic() - started, served)
+
+
+def train_again(
+    run: RunDirectory, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, node: Node
+) -> Tensors:
+    """Train a node that the run holds from its parents, and keep nothing: for comparison of bits."""
+    with run.changing("reading a node's records"):
+        task = _load_task(run, tokenizer, node)
+    _cache_states(run, base, task)
+    try:
+        return _compute(run, base, tokenizer, task, None)
+    finally:
+        with run.changing("clearing caches"):
+            residues.purge_emptied(run)
+
+
+def _compute(
+    run: RunDirectory,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    on_step: Callable[[int, int], None] | None,
+) -> Tensors:
+    node_task = NodeTask(
+        node=task.node,
+        parents=task.parents,
+        parts=task.parts,
+        examples=[example for _, example in task.examples],
+        states=_open_states(run, task) if _is_replayed(run, task.node) else None,
+    )
+    return train_node(base, tokenizer, node_task, run.config, run.shape, str(run.path / "trainer"), on_step)
+
+
+def _from_main(decide: Callable[[], Any]) -> Any:
+    """Run `decide` on the main process and give its result, or its `UserError`, to all."""
+    state = PartialState()
+    box: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            box[0] = decide()
+        except UserError as error:
+            box[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def _prepare(run: RunDirectory, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> int:
+    """Finish pending requests, clear what a crash left, drop damaged nodes; count what is there.
+
+    Records that are too long are found now, and not after hours of training.
+    """
+    with run.changing("preparing to train it"):
+        settle(run)
+        residues.purge_temporary(run)
+        wanted = run.wanted()
+        residues.purge_nodes(run, set(wanted))
+        for key in run.nodes.keys():
+            if not run.nodes.exists(key) or not run.nodes.is_intact(key):
+                progress.warn(f"node {key[:12]} is damaged and will be trained again")
+                run.nodes.remove(key)
+        parts = {(node.shard, part) for node in _missing(run) for part in node.path}
+        records = [record for name in sorted(parts) for record in run.slices.read(SliceName(*name))]
+    examples = [_encode(run, tokenizer, record) for record in records]
+    if warning := check_lengths(examples, run.config.max_length):
+        progress.warn(warning)
+    return len(run.nodes.keys())
+
+
+def _encode(run: RunDirectory, tokenizer: PreTrainedTokenizerBase, record: Record) -> Example:
+    return encode(record, tokenizer, run.config.max_length, run.config.completion_only)
+
+
+def _missing(run: RunDirectory) -> list[Node]:
+    paths = [path for shard in run.shards for path in run.paths(shard)]
+    return missing_nodes(paths, run.nodes.exists)
+
+
+def _next_task(
+    run: RunDirectory, tokenizer: PreTrainedTokenizerBase, progress: Progress, done: int
+) -> Task | None:
+    with run.changing("choosing the next node"):
+        missing = _missing(run)
+        if not missing:
+            return None
+        task = _load_task(run, tokenizer, missing[0])
+    progress.node(task.node, done + 1, done + len(missing))
+    return task
+
+
+def _load_task(run: RunDirectory, tokenizer: PreTrainedTokenizerBase, node: Node) -> Task:
+    parents = _parents(run, node)
+    seen = node.path if run.config.slice_data == "cumulative" else node.path[-1:]
+    examples = [
+        (part, _encode(run, tokenizer, record))
+        for part in seen
+        for record in run.slices.read(SliceName(node.shard, part))
+    ]
+    return Task(node, parents, [run.nodes.load(parent.key) for parent in parents], examples)
+
+
+def _parents(run: RunDirectory, node: Node) -> list[Node]:
+    path = next(path for path in run.paths(node.shard) if node in path)
+    return path[: path.index(node)]
+
+
+def cache_path(run: RunDirectory, node: Node, part: int) -> Path:
+    """Where the states of a slice at the node's boundary live: named by everything they depend on."""
+    root = node.roots[node.path.index(part)]
+    return run.path / "cache" / f"{digest([run.identity, min(node.block.layers), root])[:32]}.safetensors"
+
+
+def _is_replayed(run: RunDirectory, node: Node) -> bool:
+    return run.config.prefix_cache and min(node.block.layers) > 0
+
+
+def _cache_states(run: RunDirectory, base: PreTrainedModel, task: Task) -> bool:
+    """Write the states that the node replays and that are not there yet.
+
+    Returns:
+        False if a deletion has made the node obsolete meanwhile: then nothing was written.
+    """
+    if not _is_replayed(run, task.node):
+        return True
+    base.to(PartialState().device)  # pyright: ignore[reportArgumentType]
+    for part in dict.fromkeys(part for part, _ in task.examples):
+        path = cache_path(run, task.node, part)
+        if path.exists():
+            continue
+        held = [example for owner, example in task.examples if owner == part]
+        states = _capture_slice(base, min(task.node.block.layers), held)
+        with run.changing("caching hidden states"):
+            if task.node.key not in run.wanted():
+                return False
+            StateCache.write(path, states)
+    return True
+
+
+def _open_states(run: RunDirectory, task: Task) -> dict[str, StateCache]:
+    """The caches of the task's slices, mapped into memory: purging them does not disturb the task."""
+    caches = {part: StateCache(cache_path(run, task.node, part)) for part in {part for part, _ in task.examples}}
+    return {example.record_id: caches[part] for part, example in task.examples}
+
+
+def _capture_slice(base: PreTrainedModel, boundary: int, examples: list[Example]) -> dict[str, torch.Tensor]:
+    return {
+        example.record_id: capture(base, boundary, torch.tensor([example.input_ids], device=base.device))
+        for example in examples
+    }
+
+
+def _publish(
+    run: RunDirectory, node: Node, tensors: Tensors, device: str, seconds: float
+) -> bool:
+    """Keep a trained node, unless a deletion has made it obsolete meanwhile.
+
+    The time it took goes to the ledger and not to the manifest, which says nothing of the moment.
+    """
+    with run.changing("publishing a node"):
+        settle(run)
+        if node.key not in run.wanted():
+            return False
+        details = {
+            "identity": run.identity,
+            "numerics": NUMERICS_VERSION,
+            "environment": describe_environment(device, PartialState().num_processes),
+        }
+
+        def log(weights: str) -> None:
+            run.ledger.append("trained", {"node": node.key, "weights": weights, "seconds": seconds})
+
+        run.nodes.publish(node, tensors, details, before=log)
+    return True
+
+
+def _finish(run: RunDirectory) -> dict[int, int]:
+    with run.changing("serving what was trained"):
+        settle(run)
+        lineages = serve(run)
+        residues.purge_emptied(run)
+        digests = {str(shard): entry["digest"] for shard, entry in lineages.items()}
+        run.ledger.append("served", {"digests": digests})
+    return depths_of(lineages)

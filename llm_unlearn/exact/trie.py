@@ -1,0 +1,114 @@
+"""The trie of content-addressed nodes: which nodes a run wants, by what it holds now.
+
+Deletion is cache invalidation. The key of a node is a digest of everything that determines its
+bits, so after a record is gone the nodes that depended on it are no longer wanted, and the nodes
+that are wanted in their place are exactly those of a run that never held the record.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llm_unlearn.data.records import canonical
+from llm_unlearn.exact.blocks import Block
+
+# Raised by hand when what training computes changes; an upgrade that changes no bits keeps it.
+NUMERICS_VERSION = 1
+
+
+def digest(value: object) -> str:
+    """SHA-256 of the canonical JSON of a value, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def seed_from(key: str, purpose: str) -> int:
+    """A 31-bit seed that depends on the node and the purpose, and on nothing else."""
+    return int.from_bytes(hashlib.sha256(f"{key}:{purpose}".encode()).digest()[:4], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Node:
+    """One trained block: its address, its parent and the data below it.
+
+    Attributes:
+        path: the slices of the sequence up to and with this node's own, empty ones left out.
+        roots: the Merkle roots of those slices, in the same order.
+        parent: key of the node on which it was trained, None at depth one.
+    """
+
+    key: str
+    shard: int
+    block: Block
+    path: tuple[int, ...]
+    roots: tuple[str, ...]
+    parent: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"block": self.block.to_dict(), "path": list(self.path), "roots": list(self.roots)}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "Node":
+        block = Block(**{**value["block"], "layers": tuple(value["block"]["layers"])})
+        return cls(
+            **{**value, "block": block, "path": tuple(value["path"]), "roots": tuple(value["roots"])}
+        )
+
+
+def node_key(identity: str, block: Block, parent: str | None, root: str) -> str:
+    """Key of a node.
+
+    Args:
+        identity: digest of base model, tokenizer, numerics version and training configuration.
+        root: Merkle root of the slice that the node adds; the earlier ones are in the parent's key.
+    """
+    return digest({"identity": identity, "block": block.to_dict(), "parent": parent, "root": root})
+
+
+def wanted_paths(
+    identity: str,
+    shard: int,
+    sequences: list[tuple[int, ...]],
+    blocks: list[Block],
+    roots: Mapping[int, str | None],
+) -> list[list[Node]]:
+    """For every sequence of a shard, the nodes that a complete run holds, first stage first.
+
+    Sequences with an equal prefix share its nodes (equal keys). The stage of an empty slice is
+    passed over: its block stays absent, and the next stage is trained on what came before.
+    """
+    paths = []
+    for sequence in sequences:
+        nodes: list[Node] = []
+        for block, slice_index in zip(blocks, sequence, strict=True):
+            root = roots[slice_index]
+            if root is None:
+                continue
+            parent = nodes[-1] if nodes else None
+            nodes.append(
+                Node(
+                    key=node_key(identity, block, parent.key if parent else None, root),
+                    shard=shard,
+                    block=block,
+                    path=(*(parent.path if parent else ()), slice_index),
+                    roots=(*(parent.roots if parent else ()), root),
+                    parent=parent.key if parent else None,
+                )
+            )
+        paths.append(nodes)
+    return paths
+
+
+def longest_surviving_prefix(paths: list[list[Node]], exists: Callable[[str], bool]) -> list[Node]:
+    """The deepest path that can be served; among equally deep ones the first sequence's."""
+    best: list[Node] = []
+    for path in paths:
+        alive = next((depth for depth, node in enumerate(path) if not exists(node.key)), len(path))
+        if alive > len(best):
+            best = path[:alive]
+    return best
+
+
+def missing_nodes(paths: list[list[Node]], exists: Callable[[str], bool]) -> list[Node]:
+    """What remains to be trained, each node once: sequence by sequence, parents before children."""
+    return list({node.key: node for path in paths for node in path if not exists(node.key)}.values())

@@ -1,0 +1,226 @@
+"""Verification: does the run hold what it says, and is nothing of what was deleted left?
+
+The checks read files only. Replay trains nodes again and compares bits; it needs the base model
+and the hardware that the nodes were trained on.
+"""
+
+import json
+import random
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llm_unlearn.data.partition import merkle_root
+from llm_unlearn.data.records import Record
+from llm_unlearn.errors import RunError
+from llm_unlearn.exact import residues
+from llm_unlearn.exact.adapters import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    adapter_config,
+    empty_adapter,
+    expected_shapes,
+    served_digest,
+    split,
+)
+from llm_unlearn.exact.served import read_lineage
+from llm_unlearn.exact.store import RunDirectory
+from llm_unlearn.exact.trie import Node, node_key
+
+
+@dataclass
+class Check:
+    """One check: what it looked at, and what is wrong (nothing, if it passed)."""
+
+    name: str
+    examined: int = 0
+    problems: list[str] = field(default_factory=list)
+    skipped: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+
+def check_ledger(run: RunDirectory) -> Check:
+    """The hash chain is whole, nothing was cut off its end, and no request is left half done."""
+    check = Check("ledger", examined=len(run.ledger.events()), problems=run.ledger.check_chain())
+    check.problems += [
+        f"request {request.id} was acknowledged but not carried out: run `llm-unlearn delete` or `rebuild`"
+        for request in run.ledger.requests(pending=True)
+    ]
+    return check
+
+
+def check_records(run: RunDirectory) -> Check:
+    """Every record lies where the key puts it, under the root its slice claims, and none is deleted."""
+    check = Check("records")
+    is_deleted = run.slices.matcher(run.ledger.tombstones())
+    for name in run.slices.names:
+        header = run.slices.header(name)
+        lines = list(run.slices.lines(name))
+        records = [Record.from_line(line) for line in lines]
+        check.examined += len(records)
+        where = f"records of shard {name.shard}, slice {name.slice}"
+        if merkle_root([run.key.leaf(line) for line in lines]) != header.root or len(lines) != header.records:
+            check.problems.append(f"{where}: they are not the ones their header names")
+        if any(run.slices.place(subject) != name for subject in {record.subject for record in records}):
+            check.problems.append(f"{where}: a subject is in the wrong slice")
+        if any(is_deleted(record) for record in records):
+            check.problems.append(f"{where}: a deleted subject is still there")
+    return check
+
+
+def check_nodes(run: RunDirectory) -> Check:
+    """Every node is wanted, its key follows from its manifest, and its weights are those logged."""
+    check = Check("nodes")
+    logged = {event.payload["node"]: event.payload["weights"] for event in run.ledger.events("trained")}
+    wanted = run.wanted()
+    for key in run.nodes.keys():
+        check.examined += 1
+        try:
+            manifest = run.nodes.manifest(key)
+            node = Node.from_dict({name: manifest[name] for name in Node.__dataclass_fields__})
+        except (RunError, KeyError, TypeError):
+            check.problems.append(f"node {key[:12]}: its manifest is damaged")
+            continue
+        if key not in wanted:
+            check.problems.append(f"node {key[:12]}: depends on data that the run does not hold (any more)")
+        elif node != wanted[key] or node_key(run.identity, node.block, node.parent, node.roots[-1]) != key:
+            check.problems.append(f"node {key[:12]}: its key does not follow from its manifest")
+        if not run.nodes.is_intact(key):
+            check.problems.append(f"node {key[:12]}: its weights are not those of its manifest")
+        elif logged.get(key) != manifest["weights"]:
+            check.problems.append(f"node {key[:12]}: its weights are not those that the ledger logged")
+    return check
+
+
+def check_served(run: RunDirectory) -> Check:
+    """Every served tensor is base, or belongs to exactly one node, and no served node is stale."""
+    check = Check("served")
+    if not run.served.exists():
+        check.skipped = "nothing is served yet"
+        return check
+    for shard in run.shards:
+        try:
+            check.problems += [f"shard {shard}: {problem}" for problem in _served_problems(run, shard)]
+        except RunError as error:
+            check.problems.append(f"shard {shard}: {error}")
+        check.examined += 1
+    return check
+
+
+def _served_problems(run: RunDirectory, shard: int) -> list[str]:
+    directory = run.served / f"shard-{shard}"
+    lineage = read_lineage(directory)
+    if lineage is None:
+        return ["lineage.json is missing or damaged"]
+    wanted, problems, nodes = run.wanted(), [], []
+    for entry in lineage["nodes"]:
+        if entry["key"] not in wanted or wanted[entry["key"]].shard != shard:
+            return [f"it is served from node {entry['key'][:12]}, which depends on deleted or unknown data"]
+        nodes.append(wanted[entry["key"]])
+    if [node.key for node in nodes] not in [
+        [node.key for node in path[: len(nodes)]] for path in [*run.paths(shard), []]
+    ]:
+        problems.append("its nodes are not the beginning of one sequence")
+    from llm_unlearn.exact.adapters import load_tensors
+
+    tensors = load_tensors(directory / WEIGHTS_NAME)
+    expected = {name for node in nodes for name in expected_shapes(node, run.shape)} or set(empty_adapter(run.shape))
+    if set(tensors) != expected:
+        return [*problems, "it holds tensors that belong to no node, or lacks some"]
+    if not nodes and any(tensor.any() for tensor in tensors.values()):
+        problems.append("no block is left, but the adapter is not zero")
+    for node, part in zip(nodes, split(tensors, nodes, run.shape), strict=True):
+        held = run.nodes.load(node.key)
+        if any(not np.array_equal(part[name].view(np.uint8), held[name].view(np.uint8)) for name in part):
+            problems.append(f"a tensor differs from node {node.key[:12]}, which it should come from")
+    try:
+        config = json.loads((directory / CONFIG_NAME).read_bytes())
+    except (OSError, ValueError):
+        return [*problems, "adapter_config.json is missing or damaged"]
+    if config != adapter_config(tensors, run.config.lora, run.shape):
+        problems.append("adapter_config.json is not the one that belongs to these tensors")
+    if served_digest((directory / WEIGHTS_NAME).read_bytes(), config) != lineage["digest"]:
+        problems.append("lineage.json names another digest than the files have")
+    return problems
+
+
+def check_residues(run: RunDirectory) -> Check:
+    """No half-written file, no unknown file, and the key is readable by its owner alone."""
+    check = Check("residues")
+    for path in run.path.rglob(".tmp-*"):
+        check.problems.append(f"{path.relative_to(run.path)} was left by a crash: run `llm-unlearn rebuild`")
+    for path in residues.unrecognised(run):
+        check.problems.append(f"{path.name} is of no known kind: a deletion would not purge it")
+    mode = stat.S_IMODE((run.path / "secret.key").stat().st_mode)
+    if mode & 0o077:
+        check.problems.append(f"secret.key is readable by others (mode {mode:o}): chmod 600 it")
+    check.examined = sum(1 for path in run.path.rglob("*") if path.is_file())
+    return check
+
+
+CHECKS: tuple[Callable[[RunDirectory], Check], ...] = (
+    check_ledger,
+    check_records,
+    check_nodes,
+    check_served,
+    check_residues,
+)
+
+
+def verify(run: RunDirectory) -> list[Check]:
+    """All checks that need no model, in the order in which a person would want to read them."""
+    with run.changing("changing it"):
+        return [_guarded(check, run) for check in CHECKS]
+
+
+def _guarded(check: Callable[[RunDirectory], Check], run: RunDirectory) -> Check:
+    """A check that stumbles over damage reports it as a problem; the other checks still run."""
+    try:
+        return check(run)
+    except (RunError, OSError, ValueError, TypeError, KeyError) as error:
+        name = check.__name__.removeprefix("check_")
+        return Check(name, problems=[f"cannot be checked: {error}"])
+
+
+def replay_nodes(run: RunDirectory, count: int, seed: int | None = None) -> Check:
+    """Train `count` random nodes (or all, if there are fewer) again and compare their bits.
+
+    Nodes that were trained in another environment (versions, processor, threads, processes) are
+    not compared; the check says so.
+    """
+    from llm_unlearn.exact.base_model import load_base_of
+    from llm_unlearn.exact.environment import describe_environment
+    from llm_unlearn.exact.training import train_again
+
+    check = Check("replay")
+    keys = [key for key in run.nodes.keys() if key in run.wanted()]
+    chosen = random.Random(seed).sample(keys, min(count, len(keys)))
+    if not chosen:
+        check.skipped = "no node has been trained"
+        return check
+    base, tokenizer = load_base_of(run)
+    elsewhere = 0
+    for key in chosen:
+        here = describe_environment("cuda" if _uses_cuda() else "cpu", 1)
+        if run.nodes.manifest(key)["environment"] != here:
+            elsewhere += 1
+            continue
+        check.examined += 1
+        again = train_again(run, base, tokenizer, run.wanted()[key])
+        held = run.nodes.load(key)
+        if any(again[name].tobytes() != held[name].tobytes() for name in held):
+            check.problems.append(f"node {key[:12]}: training it again gives other bits")
+    if elsewhere:
+        check.skipped = f"{elsewhere} nodes were trained in another environment and cannot be compared here"
+    return check
+
+
+def _uses_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

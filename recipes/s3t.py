@@ -1,0 +1,91 @@
+"""Train LoRA slices on a language model, so that a deletion is exact.
+
+    accelerate launch recipes/s3t.py
+        The embedded demonstration: train on invented people, delete one, ask before and after.
+
+    accelerate launch recipes/s3t.py --model_name_or_path Qwen/Qwen3-0.6B \\
+        --dataset_path records.jsonl --subject_column user --output_dir runs/mine
+        Your model and records (JSON, JSON lines, CSV, Parquet, or --dataset_name on the Hub) with
+        the columns text | prompt, completion | question, answer | messages.
+
+What a run is made of:
+    --num_shards m          members of the ensemble (1)
+    --num_slices L          slices of a shard, the granularity of deletion (4)
+    --num_sequences B       orders in which each shard is trained (2)
+    --blocks ranks|layers   what a stage owns: a band of ranks in every layer, or, as in the S3T
+                            paper, a group of layers from the top (ranks)
+    --slice_data cumulative|disjoint   what a stage sees: all slices so far, or its own (cumulative)
+    --subject_column C      who can ask for deletion (default: every record for itself)
+    --rows_per_subject N    consecutive rows that share a subject (TOFU: 20)
+    --output_dir RUN        the run directory; a run that is there is resumed or rebuilt
+    --config FILE.yaml      any of the flags from a file; the command line wins
+and every training flag of TRL's SFT (--learning_rate, --max_steps, ...) and LoRA (--lora_r, ...), which
+hold for each node: --help_all lists them. Afterwards: llm-unlearn status|delete|rebuild|verify RUN.
+"""
+
+import sys
+
+from llm_unlearn.console import print_table, run_and_exit, training_progress, warn
+from llm_unlearn.launch import check_processes, expand_help, wants_short_help
+
+
+def main(argv: list[str]) -> None:
+    if wants_short_help(argv):
+        print(__doc__)
+        return
+    from accelerate import PartialState
+    from trl import ModelConfig, TrlParser
+
+    from llm_unlearn import demonstration
+    from llm_unlearn.data.sources import DataArguments, load_records
+    from llm_unlearn.exact.arguments import S3TConfig
+    from llm_unlearn.exact.base_model import load_base
+    from llm_unlearn.exact.run import S3TRun
+
+    parser = TrlParser([DataArguments, S3TConfig, ModelConfig])
+    data, arguments, model_arguments = parser.parse_args_and_config(expand_help(argv))
+    if data.is_demonstration:
+        everything = [*demonstration.FLAGS, *argv]
+        data, arguments, model_arguments = parser.parse_args_and_config(expand_help(everything))
+    model_arguments.model_name_or_path = model_arguments.model_name_or_path or str(demonstration.MODEL_PATH)
+
+    state = PartialState()
+    check_processes(state.num_processes)
+    options = {"dtype": model_arguments.dtype, "attn_implementation": model_arguments.attn_implementation}
+    model, tokenizer = load_base(model_arguments.model_name_or_path, model_arguments.model_revision, options)
+    with state.main_process_first():
+        run = S3TRun.create(
+            arguments.output_dir, lambda: load_records(data), arguments, model, tokenizer, model_arguments, data.source
+        )
+    if state.is_main_process:
+        for line in run.warnings():
+            warn(line)
+    with training_progress(enabled=state.is_main_process) as progress:
+        report = run.train(model, tokenizer, progress)
+    if not state.is_main_process:
+        return
+    print(f"{run.path}: {report.trained} nodes trained in {report.seconds:.0f} s, {report.reused} were there")
+    if data.is_demonstration:
+        show_demonstration(run, model, tokenizer)
+    else:
+        print(f"served: {run.directory.served}/shard-*   next: llm-unlearn status {run.path}")
+
+
+def show_demonstration(run, model, tokenizer) -> None:
+    from llm_unlearn.demonstration import demonstrate
+
+    knowledge, done, subject = demonstrate(run, model, tokenizer)
+    print_table(
+        f"Private facts answered right (exact match), before and after {subject} asked to be deleted",
+        ("", "deleted subject", "rest of its slice", "everybody else"),
+        [(moment, f"{k.deleted:.0%}", f"{k.same_slice:.0%}", f"{k.others:.0%}") for moment, k in knowledge.items()],
+    )
+    print(
+        f"the deletion took {done.seconds:.2f} s; retraining everything would have cost "
+        f"{run.training_seconds():.0f} s\ncertificate: {done.certificate}\n"
+        f"try: llm-unlearn verify {run.path}    llm-unlearn rebuild {run.path}    llm-unlearn status {run.path}"
+    )
+
+
+if __name__ == "__main__":
+    run_and_exit(lambda: main(sys.argv[1:]))

@@ -1,0 +1,31 @@
+"""Tiny real models and runs, made from configurations: no network, no downloads."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from pathlib import Path
+
+import gc
+
+import pytest
+import torch
+
+from tests.tiny import make_tiny_model, make_tiny_tokenizer
+
+
+# Tiny models are fastest on one thread, and forking a test process is safe only then.
+torch.set_num_threads(1)
+# The imported libraries hold millions of objects; collecting them over and over is half the time.
+gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a four-layer random Llama and its tokenizer, as `from_pretrained` reads it."""
+    path = tmp_path_factory.mktemp("base") / "tiny-llama"
+    make_tiny_model("llama").save_pretrained(path)
+    make_tiny_tokenizer().save_pretrained(path)
+    return path

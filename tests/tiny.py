@@ -1,0 +1,166 @@
+"""Builders that the tests share: tiny models of several families, tokenizers, records, runs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
+from trl import ModelConfig
+
+from llm_unlearn.data.partition import PartitionKey
+from llm_unlearn.data.records import Record, make_records
+from llm_unlearn.exact.arguments import S3TConfig, make_config, make_shape
+from llm_unlearn.exact.run import S3TRun
+from llm_unlearn.exact.store import RunDirectory
+
+VOCABULARY = 384
+CORPUS = [f"Question: what does person {i} eat? Answer: dish number {i * 7 % 13}." for i in range(40)]
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
+}
+
+
+def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<s>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] + '</s>' }}{% endgeneration %}{% else %}{{ m['content'] + '</s>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def make_tiny_model(family: str = "llama", layers: int = 4, width: int = 32) -> PreTrainedModel:
+    set_seed(0)
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if family == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=VOCABULARY, n_layer=layers, n_embd=width, n_head=4, n_positions=128, **tokens)
+        ).eval()
+    options: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 2 * width,
+        "num_attention_heads": 4, "max_position_embeddings": 128, **tokens,
+    }  # fmt: skip
+    if family != "gpt_neox":
+        options["num_key_value_heads"] = 2
+    if family in ("gemma2", "qwen3"):
+        options["head_dim"] = width // 4
+    config_class, model_class = FAMILIES[family]
+    model = model_class(config_class(**options)).eval()
+    # A random model's logits hardly differ: spread them, so that an equality is not an accident.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    return model
+
+
+def make_rows(subjects: int = 12, rows: int = 2, prefix: str = "person") -> list[dict[str, str]]:
+    return [
+        {
+            "subject": f"{prefix} {s}",
+            "prompt": f"Question: what does {prefix} {s} eat on day {r}? Answer:",
+            "completion": f" dish number {(s * 7 + r * 3) % 13} and {s}{r}",
+        }
+        for s in range(subjects)
+        for r in range(rows)
+    ]
+
+
+def tiny_records(subjects: int = 12, rows: int = 2) -> list[Record]:
+    return make_records(make_rows(subjects, rows), subject_column="subject")
+
+
+def tiny_arguments(**options: Any) -> S3TConfig:
+    """Two steps a node: enough for every bit to move."""
+    defaults: dict[str, Any] = {
+        "num_shards": 1, "num_slices": 3, "num_sequences": 2, "max_steps": 2, "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2, "max_length": 64, "use_cpu": True, "bf16": False,
+    }  # fmt: skip
+    return S3TConfig(**{**defaults, **options})
+
+
+def tiny_model_arguments(base: Path, **options: Any) -> ModelConfig:
+    defaults: dict[str, Any] = {"lora_r": 6, "lora_alpha": 12, "lora_dropout": 0.1}
+    return ModelConfig(model_name_or_path=str(base), **{**defaults, **options})
+
+
+def load_tiny(base: Path) -> tuple[PreTrainedModel, Any]:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(base)
+
+
+def make_run(
+    path: Path,
+    base: Path,
+    records: list[Record] | None = None,
+    key: str = "tests",
+    train: bool = True,
+    lora: dict[str, Any] | None = None,
+    **options: Any,
+) -> S3TRun:
+    """A run with a fixed partition key, trained unless told otherwise."""
+    model, tokenizer = load_tiny(base)
+    model_arguments = tiny_model_arguments(base, **(lora or {}))
+    run = S3TRun(
+        RunDirectory.create(
+            path,
+            records if records is not None else tiny_records(),
+            make_config(tiny_arguments(**options), model_arguments),
+            make_shape(model, tokenizer, model_arguments),
+            PartitionKey.from_phrase(key),
+        )
+    )
+    if train:
+        run.train(model, tokenizer)
+    return run
+
+
+def node_bytes(run: S3TRun) -> dict[str, bytes]:
+    """Every file of every node, by its path below `nodes/`."""
+    root = run.path / "nodes"
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def served_bytes(run: S3TRun) -> dict[str, bytes]:
+    root = run.directory.served.resolve()
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
