@@ -5,10 +5,13 @@ Names are imported when they are used, so that the command line starts quickly.
 
 import importlib
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 # A privacy tool does not tell anybody what it trains on.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# PEFT still reads a property of Transformers under its old name; nothing that a user could mend.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 if TYPE_CHECKING:
     from llm_unlearn.data.records import Record, make_records

@@ -4,12 +4,14 @@ The base model (`data/demonstration/`, made by `recipes/pretrain_demonstration.p
 people of the toy world. The run is trained on the private ones; then one of them asks to be deleted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn.data import world
+from llm_unlearn.data.partition import SliceName
+from llm_unlearn.errors import UserError
 from llm_unlearn.evaluation.knowledge import answer, exact_match
 from llm_unlearn.exact.deletion import Deletion
 from llm_unlearn.exact.run import S3TRun
@@ -19,18 +21,38 @@ MODEL_PATH = Path(__file__).parent / "data" / "demonstration"
 # What a run of the demonstration is started with; every one of these can be overruled by a flag.
 FLAGS = (
     "--output_dir", "runs/demonstration", "--lora_r", "32", "--lora_alpha", "64", "--lora_dropout", "0",
-    "--learning_rate", "5e-3", "--max_steps", "100", "--per_device_train_batch_size", "48",
-    "--warmup_steps", "0.1", "--lr_scheduler_type", "cosine", "--max_length", "64",
+    "--learning_rate", "3e-3", "--max_steps", "60", "--per_device_train_batch_size", "72",
+    "--warmup_steps", "5", "--lr_scheduler_type", "cosine", "--max_length", "64", "--num_threads", "1",
 )  # fmt: skip
+
+
+PUBLIC_SAMPLE = 48  # people of the pre-training corpus who are asked about: what training costs them
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Exact match with private facts, in [0, 1], by group of people."""
+    """Exact match with facts, in [0, 1], by group of people."""
 
     deleted: float
     same_slice: float
     others: float
+    public: float
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """Knowledge by moment (`base model`, `trained`, `after the deletion`), and what was deleted.
+
+    Attributes:
+        slices: exact match of every slice after training, by (shard, slice).
+        retraining_seconds: what training all nodes took.
+    """
+
+    knowledge: dict[str, Knowledge]
+    slices: dict[tuple[int, int], float]
+    subject: str
+    deletion: Deletion
+    retraining_seconds: float
 
 
 def choose_subject(run: S3TRun) -> str:
@@ -40,60 +62,70 @@ def choose_subject(run: S3TRun) -> str:
     """
     directory = run.directory
     sequence = directory.config.sequences[0]
-    chosen = sequence[min(2, len(sequence) - 1)]
-    name = next(name for name in directory.slices.names if name == (0, chosen))
-    return min(record.subject for record in directory.slices.read(name))
+    name = SliceName(0, sequence[min(2, len(sequence) - 1)])
+    held = directory.slices.read(name) or [
+        record for other in directory.slices.names for record in directory.slices.read(other)
+    ]
+    if not held:
+        raise UserError(f"everybody has been deleted from {run.path}: choose another --output_dir")
+    return min(record.subject for record in held)
 
 
 def ask(model: Any, tokenizer: Any, people: Sequence[world.Person]) -> dict[str, float]:
     """Exact match of greedy answers, by person."""
     questions = world.questions(people)
-    answers = answer(model, tokenizer, [question["prompt"] for question in questions], max_new_tokens=12)
-    scores: dict[str, float] = {}
-    for person in people:
-        pairs = [
-            (said, question["answer"])
-            for said, question in zip(answers, questions, strict=True)
-            if question["subject"] == person.name
-        ]
-        scores[person.name] = exact_match(*zip(*pairs, strict=True))
-    return scores
+    answers = answer(model, tokenizer, [row["prompt"] for row in questions], max_new_tokens=8)
+    right: dict[str, list[float]] = {}
+    for said, row in zip(answers, questions, strict=True):
+        right.setdefault(row["subject"], []).append(exact_match([said], [row["answer"]]))
+    return {name: mean(values) for name, values in right.items()}
 
 
-def summarise(run: S3TRun, scores: dict[str, float], subject: str) -> Knowledge:
-    """Means over the deleted subject, the rest of its slice, and everybody else."""
-    home = run.directory.slices.place(subject)
-    same = [s for name, s in scores.items() if name != subject and run.directory.slices.place(name) == home]
-    others = [s for name, s in scores.items() if run.directory.slices.place(name) != home]
-    return Knowledge(scores[subject], _mean(same), _mean(others))
-
-
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Collection[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def slice_scores(run: S3TRun, scores: dict[str, float]) -> dict[tuple[int, int], float]:
+def slice_scores(run: S3TRun, scores: Mapping[str, float]) -> dict[tuple[int, int], float]:
     """Mean exact match of every slice, by (shard, slice)."""
     groups: dict[tuple[int, int], list[float]] = {}
     for name, score in scores.items():
         groups.setdefault(tuple(run.directory.slices.place(name)), []).append(score)
-    return {group: _mean(values) for group, values in sorted(groups.items())}
+    return {group: mean(values) for group, values in sorted(groups.items())}
 
 
-def demonstrate(run: S3TRun, model: Any, tokenizer: Any) -> tuple[dict[str, Knowledge], Deletion, str]:
-    """Ask, delete somebody, ask again.
+def summarise(
+    run: S3TRun, private: Mapping[str, float], public: Mapping[str, float], subject: str
+) -> Knowledge:
+    """Means over the deleted subject, the rest of its slice, the other private and the public people."""
+    place = run.directory.slices.place
+    home = place(subject)
+    return Knowledge(
+        deleted=private[subject],
+        same_slice=mean([s for name, s in private.items() if name != subject and place(name) == home]),
+        others=mean([s for name, s in private.items() if place(name) != home]),
+        public=mean(public.values()),
+    )
 
-    Returns:
-        Knowledge by moment ("base model", "trained", "after the deletion"), what the deletion
-        did, and whom it took.
-    """
-    people = world.private_people()
-    present = {
-        record.subject for name in run.directory.slices.names for record in run.directory.slices.read(name)
-    }
-    people = [person for person in people if person.name in present]
+
+def demonstrate(run: S3TRun, model: Any, tokenizer: Any) -> Demonstration:
+    """Ask, delete somebody, ask again."""
+    records = [record for name in run.directory.slices.names for record in run.directory.slices.read(name)]
+    present = {record.subject for record in records}
+    private = [person for person in world.private_people() if person.name in present]
+    public = world.public_people()[:PUBLIC_SAMPLE]
     subject = choose_subject(run)
-    scores = {"base model": ask(model, tokenizer, people), "trained": ask(run.ensemble(), tokenizer, people)}
-    done = run.delete([subject])
-    scores["after the deletion"] = ask(run.ensemble(), tokenizer, people)
-    return {moment: summarise(run, value, subject) for moment, value in scores.items()}, done, subject
+
+    def know(answering: Any) -> tuple[dict[str, float], dict[str, float]]:
+        return ask(answering, tokenizer, private), ask(answering, tokenizer, public)
+
+    scores = {"base model": know(model), "trained": know(run.ensemble())}
+    retraining_seconds = run.training_seconds()
+    deletion = run.delete([subject])
+    scores["after the deletion"] = know(run.ensemble())
+    return Demonstration(
+        knowledge={moment: summarise(run, *pair, subject) for moment, pair in scores.items()},
+        slices=slice_scores(run, scores["trained"][0]),
+        subject=subject,
+        deletion=deletion,
+        retraining_seconds=retraining_seconds,
+    )

@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     from accelerate import PartialState
+    from transformers.utils import logging
     from trl import ModelConfig, TrlParser
 
     from llm_unlearn import demonstration
@@ -52,6 +53,8 @@ def main(argv: list[str]) -> None:
     state = PartialState()
     check_processes(state.num_processes)
     options = {"dtype": model_arguments.dtype, "attn_implementation": model_arguments.attn_implementation}
+    if data.is_demonstration:
+        logging.disable_progress_bar()
     model, tokenizer = load_base(model_arguments.model_name_or_path, model_arguments.model_revision, options)
     with state.main_process_first():
         run = S3TRun.create(
@@ -74,16 +77,20 @@ def main(argv: list[str]) -> None:
 def show_demonstration(run, model, tokenizer) -> None:
     from llm_unlearn.demonstration import demonstrate
 
-    knowledge, done, subject = demonstrate(run, model, tokenizer)
+    shown = demonstrate(run, model, tokenizer)
     print_table(
-        f"Private facts answered right (exact match), before and after {subject} asked to be deleted",
-        ("", "deleted subject", "rest of its slice", "everybody else"),
-        [(moment, f"{k.deleted:.0%}", f"{k.same_slice:.0%}", f"{k.others:.0%}") for moment, k in knowledge.items()],
+        f"Facts answered right (exact match), before and after {shown.subject} asked to be deleted",
+        ("", "deleted subject", "rest of its slice", "other private people", "public people"),
+        [
+            (moment, f"{k.deleted:.0%}", f"{k.same_slice:.0%}", f"{k.others:.0%}", f"{k.public:.0%}")
+            for moment, k in shown.knowledge.items()
+        ],
     )
     print(
-        f"the deletion took {done.seconds:.2f} s; retraining everything would have cost "
-        f"{run.training_seconds():.0f} s\ncertificate: {done.certificate}\n"
-        f"try: llm-unlearn verify {run.path}    llm-unlearn rebuild {run.path}    llm-unlearn status {run.path}"
+        f"the deletion took {shown.deletion.seconds:.2f} s; retraining everything would have cost "
+        f"{shown.retraining_seconds:.0f} s\ncertificate: {shown.deletion.certificate}\n"
+        f"try: llm-unlearn verify {run.path}    llm-unlearn rebuild {run.path}    "
+        f"llm-unlearn status {run.path}"
     )
 
 

@@ -1,8 +1,13 @@
 """Builders that the tests share: tiny models of several families, tokenizers, records, runs."""
 
+import contextlib
+import functools
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -31,8 +36,12 @@ from transformers import (
 from trl import ModelConfig
 
 from llm_unlearn.data.partition import PartitionKey
-from llm_unlearn.data.records import Record, make_records
+from llm_unlearn.data.records import Record, canonical, make_records
+from llm_unlearn.exact import training
+from llm_unlearn.exact.adapters import expected_shapes
 from llm_unlearn.exact.arguments import S3TConfig, make_config, make_shape
+from llm_unlearn.exact.config import ModelShape
+from llm_unlearn.exact.node_training import NodeTask
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.store import RunDirectory
 
@@ -50,6 +59,7 @@ FAMILIES = {
 }
 
 
+@functools.cache
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -164,3 +174,51 @@ def node_bytes(run: S3TRun) -> dict[str, bytes]:
 def served_bytes(run: S3TRun) -> dict[str, bytes]:
     root = run.directory.served.resolve()
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def stub_train_node(base: Any, tokenizer: Any, task: NodeTask, run: Any, shape: Any, *_: Any) -> dict[str, Any]:
+    """Stands in for training where thousands of nodes are wanted: a block made of a digest of
+    everything that real training is given, so that any leak into the inputs shows in the bytes."""
+    told = [task.node.to_dict(), [list(example) for example in task.examples], [p.to_dict() for p in task.parents]]
+    state = hashlib.sha256(canonical(told))
+    for part in task.parts:
+        for name, tensor in sorted(part.items()):
+            state.update(name.encode() + tensor.tobytes())
+    generator = np.random.default_rng(int.from_bytes(state.digest(), "big"))
+    return {
+        name: generator.standard_normal(size).astype(np.float32)
+        for name, size in expected_shapes(task.node, shape).items()
+    }
+
+
+class StubBase:
+    """What training asks of a base model when nothing is computed."""
+
+    device = torch.device("cpu")
+
+
+@functools.cache
+def tiny_shape() -> ModelShape:
+    model = make_tiny_model()
+    return make_shape(model, make_tiny_tokenizer(), ModelConfig(model_name_or_path="tiny"))
+
+
+def make_stub_run(path: Path, records: list[Record], **options: Any) -> S3TRun:
+    """A run for `stub_train_node`: same records, trie, ledger and files, no training."""
+    config = make_config(tiny_arguments(prefix_cache=False, **options), ModelConfig(lora_r=6, lora_alpha=12))
+    return S3TRun(RunDirectory.create(path, records, config, tiny_shape(), PartitionKey.from_phrase("stub")))
+
+
+def train_stub(run: S3TRun) -> None:
+    """`run.train` with `stub_train_node` in place; call it under `stubbed_training`."""
+    run.train(StubBase(), make_tiny_tokenizer())  # pyright: ignore[reportArgumentType]
+
+
+@contextlib.contextmanager
+def stubbed_training() -> Iterator[None]:
+    original = training.train_node
+    training.train_node = stub_train_node  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        training.train_node = original

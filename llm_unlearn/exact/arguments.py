@@ -68,6 +68,9 @@ class S3TConfig(SFTConfig):
     prefix_cache: bool = field(
         default=True, metadata={"help": "Replay the hidden states below a block (--blocks layers)."}
     )
+    num_threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of every process; bits are compared under equal ones only."}
+    )
     key_path: str | None = field(
         default=None, metadata={"help": "secret.key of another run, to reproduce its slices and bits."}
     )
@@ -148,6 +151,7 @@ def make_config(arguments: S3TConfig, model_arguments: ModelConfig) -> RunConfig
         training=_stored(values),
         model={"dtype": model_arguments.dtype, "attn_implementation": model_arguments.attn_implementation},
         runtime={name: values[name] for name in RUNTIME},
+        num_threads=arguments.num_threads or torch.get_num_threads(),
     )
 
 

@@ -77,6 +77,7 @@ class RunConfig:
         training: the Transformers and TRL arguments that decide bits.
         model: how the base model is loaded (`dtype`, `attn_implementation`).
         runtime: arguments that decide no bits (number of data loader workers, ...).
+        num_threads: CPU threads of training; like the hardware, part of a node's environment.
     """
 
     num_shards: int
@@ -91,6 +92,7 @@ class RunConfig:
     training: Mapping[str, Any]
     model: Mapping[str, Any] = field(default_factory=dict)
     runtime: Mapping[str, Any] = field(default_factory=dict)
+    num_threads: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"sequences": [list(sequence) for sequence in self.sequences]}

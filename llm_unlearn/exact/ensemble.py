@@ -32,6 +32,12 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         adapters: adapter name of every shard; `__base__` where a shard has nothing left.
     """
 
+    # Attention is the base model's business, which has already chosen how to compute it.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
     def __init__(self, model: PeftModel, adapters: list[str]):
         super().__init__(model.get_base_model().config)
         self.model = model

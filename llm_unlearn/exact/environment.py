@@ -16,11 +16,12 @@ def describe_software() -> dict[str, str]:
     return {"python": platform.python_version(), **versions}
 
 
-def describe_environment(device: str, num_processes: int) -> dict[str, Any]:
+def describe_environment(device: str, num_processes: int, num_threads: int) -> dict[str, Any]:
     """The environment of a training process.
 
     Args:
         device: `cpu` or `cuda`, where the parameters live.
+        num_threads: CPU threads of every process; they matter on `cpu` only.
     """
     import torch
 
@@ -30,5 +31,5 @@ def describe_environment(device: str, num_processes: int) -> dict[str, Any]:
         hardware["cuda"] = torch.version.cuda
     else:
         hardware["instructions"] = torch.backends.cpu.get_cpu_capability()
-        hardware["threads"] = torch.get_num_threads()
+        hardware["threads"] = num_threads
     return {"software": describe_software(), "hardware": hardware, "num_processes": num_processes}

@@ -6,7 +6,6 @@ of chance is seeded from the node's key.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -197,9 +196,6 @@ def train_node(
         IsolationError: a tensor outside the block changed, or training diverged.
     """
     with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        # PEFT still reads a property under its old name; nothing that a user could change.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         stack.callback(_restore, base)
         model = attach(base, task, run, shape)
         stack.callback(model.unload)
@@ -220,6 +216,7 @@ def _fit(
     on_step: Callable[[int, int], None] | None,
 ) -> None:
     seed = seed_from(task.node.key, "training")
+    torch.set_num_threads(run.num_threads)
     arguments = SFTConfig(
         output_dir=output_dir,
         seed=seed,

@@ -82,7 +82,10 @@ def lineage(run: RunDirectory, shard: int, nodes: list[Node]) -> dict[str, Any]:
     }
 
 
-def _write_shard(run: RunDirectory, shard: int, nodes: list[Node], directory: Path) -> dict[str, Any]:
+def write_shard(
+    run: RunDirectory, shard: int, nodes: list[Node], directory: Path
+) -> dict[str, Any]:
+    """Assemble a path of nodes into a new PEFT adapter directory; returns its lineage."""
     tensors = assemble([run.nodes.load(node.key) for node in nodes]) if nodes else empty_adapter(run.shape)
     data = to_bytes(tensors)
     config = adapter_config(tensors, run.config.lora, run.shape)
@@ -133,7 +136,7 @@ def serve(run: RunDirectory) -> dict[int, dict[str, Any]]:
             if is_current(run, shard, nodes):
                 _link_shard(run.served / f"shard-{shard}", target)
             else:
-                _write_shard(run, shard, nodes, target)
+                write_shard(run, shard, nodes, target)
         files.fsync_tree(generation)
         files.fsync(generation.parent)
         files.publish_link(generation, run.served)

@@ -151,7 +151,7 @@ class RunDirectory:
         path = Path(path)
         if (path / "run.json").exists():
             raise UserError(f"{path} already holds a run")
-        foreign = [p.name for p in path.iterdir() if p.name not in OWN_ENTRIES] if path.is_dir() else []
+        foreign = [p.name for p in path.iterdir() if not _is_ours(p)] if path.is_dir() else []
         if foreign:
             raise UserError(f"{path} is not empty (it holds {sorted(foreign)[0]!r}): choose another --output_dir")
         make_blocks(config.blocks, config.num_slices, shape.num_layers, config.lora.rank)
@@ -172,9 +172,9 @@ class RunDirectory:
     ) -> "RunDirectory":
         if (path / "run.json").exists():
             raise UserError(f"{path} already holds a run")
-        for name in OWN_ENTRIES:
-            if not name.endswith(".lock"):
-                files.remove(path / name)
+        for entry in path.iterdir():
+            if not entry.name.endswith(".lock"):
+                files.remove(entry)  # what a killed creation left
         files.write_bytes(path / "secret.key", key.secret, mode=0o600)
         description = {
             "version": FORMAT_VERSION,
@@ -203,7 +203,8 @@ class RunDirectory:
             )
         if shape.tokenizer != self.shape.tokenizer:
             raise UserError(f"{self.path} was made with another tokenizer: choose another --output_dir")
-        theirs, ours = config.to_dict() | {"runtime": None}, self.config.to_dict() | {"runtime": None}
+        ignored = {"runtime": None, "num_threads": None}
+        theirs, ours = config.to_dict() | ignored, self.config.to_dict() | ignored
         for group in ("training", "lora", "model"):
             theirs |= {f"{group}.{name}": value for name, value in theirs.pop(group).items()}
             ours |= {f"{group}.{name}": value for name, value in ours.pop(group).items()}
@@ -252,6 +253,10 @@ class RunDirectory:
     def training(self) -> AbstractContextManager[None]:
         """Lock of the one process (group) that trains; a deletion does not wait for it."""
         return files.locked(self.path / "train.lock", "training it", timeout=1.0)
+
+
+def _is_ours(entry: Path) -> bool:
+    return entry.name in OWN_ENTRIES or entry.name.startswith(files.TEMPORARY_PREFIX)
 
 
 def read_key(path: str | Path) -> PartitionKey:

@@ -266,7 +266,9 @@ def _publish(
         details = {
             "identity": run.identity,
             "numerics": NUMERICS_VERSION,
-            "environment": describe_environment(device, PartialState().num_processes),
+            "environment": describe_environment(
+                device, PartialState().num_processes, run.config.num_threads
+            ),
         }
 
         def log(weights: str) -> None:

@@ -206,7 +206,7 @@ def replay_nodes(run: RunDirectory, count: int, seed: int | None = None) -> Chec
     base, tokenizer = load_base_of(run)
     elsewhere = 0
     for key in chosen:
-        here = describe_environment("cuda" if _uses_cuda() else "cpu", 1)
+        here = describe_environment("cuda" if _uses_cuda() else "cpu", 1, run.config.num_threads)
         if run.nodes.manifest(key)["environment"] != here:
             elsewhere += 1
             continue

@@ -1,0 +1,340 @@
+"""What an S3T set-up will cost and survive, before anything is trained.
+
+Source: arXiv 2406.16257, section 4 (deletion rate) and appendix C (cost). The accounting of compute
+is ours, because the paper's leaves out the forward pass:
+
+* one forward pass over a share of the data costs that share; the backward pass of all LoRA blocks
+  costs the same again, so a plain LoRA fine-tune costs 2 per epoch over all data;
+* stage i of L sees ``i/L`` of its shard (``cumulative``) or ``1/L`` (``disjoint``);
+* with ``layers`` its backward pass stops below the top ``i/L`` of the layers, with ``ranks`` it runs
+  through all of them: ``1 + i/L`` or 2 per share of data;
+* a node, that is a distinct prefix of the sequences of a shard, is trained once.
+
+Costs are reported in plain LoRA fine-tunes of all data for the same number of epochs per stage. The
+number of shards cancels out: m shards, each 1/m of the data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llm_unlearn.exact.sequences import select_sequences
+from llm_unlearn.exact.simulation import simulate_deletions, simulate_depth
+from llm_unlearn.exact.theory import expected_deletions, sisa_expected_deletions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PLAIN_LORA_EPOCH = 2.0
+"""Units of one plain LoRA epoch: one forward and one backward pass over the data."""
+
+SLICE_DATA = ("cumulative", "disjoint")
+BLOCKS = ("layers", "ranks")
+
+_PLOTTED_BUDGETS = 5
+"""Curves in the left panel of `plot_plan`; more cannot be told apart."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A simulated mean and its standard error."""
+
+    mean: float
+    standard_error: float
+
+    def __str__(self) -> str:
+        """Both with one digit after the point, for tables."""
+        return f"{self.mean:.1f} +/- {self.standard_error:.1f}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Expected deletions, cost and storage of one set-up; made by `make_plan`."""
+
+    num_shards: int
+    num_slices: int
+    num_sequences: int
+    method: str
+    slice_data: str
+    blocks: str
+    runs: int
+    seed: int
+
+    deletions_until_retraining: float
+    """Closed form: expected requests until no shard has a surviving stage."""
+
+    sisa_deletions_until_retraining: float
+    """The same for SISA with these shards."""
+
+    simulated_deletions: Estimate
+    """Simulated `deletions_until_retraining`."""
+
+    deletions_until_first_shard_dead: Estimate
+
+    deletions_until_half_depth: Estimate
+    """Until the mean retained prefix is shorter than half of the slices: the honest moment to
+    retrain, as the last shard dies long after the quality is gone."""
+
+    aimed_deletions_first_shard: int
+    """Requests that kill one shard if aimed at the first slices of its sequences."""
+
+    aimed_deletions_all_shards: int
+    """Requests that kill everything if aimed."""
+
+    training_cost: float
+    """Plain LoRA fine-tunes of all data, for all nodes."""
+
+    training_cost_per_deletion: float
+    """`training_cost` by `deletions_until_retraining`: what one served request costs if nothing is
+    rebuilt. More sequences buy availability, not compute: this rises with B."""
+
+    num_nodes: int
+    """Blocks trained and stored, all shards together."""
+
+    storage_bytes: int | None
+    """Of all nodes; the served adapters (one per shard) come on top. None if not asked for."""
+
+    records_per_slice: float | None
+    """Expected number of records that one request takes out of service at most, until they are
+    rebuilt. None if the number of records is not given."""
+
+    forward_passes_per_token: int
+    """One per shard, while all live: their answers are combined."""
+
+    kv_caches: int
+    """Key-value caches held while decoding, one per shard."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON."""
+        return asdict(self)
+
+
+def make_plan(  # noqa: PLR0913 - every argument is one choice of the person who plans
+    num_shards: int,
+    num_slices: int,
+    num_sequences: int,
+    method: str = "cyclic",
+    num_records: int | None = None,
+    adapter_bytes: int | None = None,
+    slice_data: str = "cumulative",
+    blocks: str = "layers",
+    runs: int = 2000,
+    seed: int = 0,
+) -> Plan:
+    """Work out deletions, cost and storage for requests that are uniform over all slices.
+
+    Args:
+        num_shards: m.
+        num_slices: L per shard.
+        num_sequences: B per shard.
+        method: a method of `select_sequences` that takes no prior; ``cyclic`` or ``random``.
+        num_records: records in total.
+        adapter_bytes: size of one full adapter; a block is 1/L of it.
+        slice_data: ``cumulative`` or ``disjoint``.
+        blocks: ``layers`` or ``ranks``.
+        runs: simulated systems; the standard errors shrink with its square root.
+        seed: of the simulation and of ``random``.
+
+    Raises:
+        ValueError: an argument outside what is said above.
+    """
+    _check_choices(method, slice_data, blocks)
+    _check_numbers(
+        num_shards=num_shards, runs=runs, num_records=num_records, adapter_bytes=adapter_bytes
+    )
+    sequences = select_sequences(num_slices, num_sequences, method, seed=seed)
+    # Random sequences can begin with the same slice, and only different first slices count.
+    num_first_slices = len({sequence[0] for sequence in sequences})
+    deletions = expected_deletions(num_shards, num_slices, num_first_slices)
+    simulated = simulate_deletions(num_shards, sequences, runs, seed)
+    cost = training_cost(sequences, slice_data, blocks)
+    num_nodes = num_shards * sum(count_nodes(sequences))
+    return Plan(
+        num_shards=num_shards,
+        num_slices=num_slices,
+        num_sequences=num_sequences,
+        method=method,
+        slice_data=slice_data,
+        blocks=blocks,
+        runs=runs,
+        seed=seed,
+        deletions_until_retraining=deletions,
+        sisa_deletions_until_retraining=sisa_expected_deletions(num_shards, num_slices),
+        simulated_deletions=_estimate(simulated.all_shards_dead),
+        deletions_until_first_shard_dead=_estimate(simulated.first_shard_dead),
+        deletions_until_half_depth=_estimate(simulated.half_depth),
+        aimed_deletions_first_shard=num_first_slices,
+        aimed_deletions_all_shards=num_shards * num_first_slices,
+        training_cost=cost,
+        training_cost_per_deletion=cost / deletions,
+        num_nodes=num_nodes,
+        # Rounded up: a plan must not promise less disk than it takes.
+        storage_bytes=None
+        if adapter_bytes is None
+        else -(-num_nodes * adapter_bytes // num_slices),
+        records_per_slice=None if num_records is None else num_records / (num_shards * num_slices),
+        forward_passes_per_token=num_shards,
+        kv_caches=num_shards,
+    )
+
+
+def count_nodes(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Different prefixes of length 1, 2, ..., L: the nodes of one shard, by stage."""
+    num_slices = len(sequences[0])
+    return [
+        len({tuple(sequence[:length]) for sequence in sequences})
+        for length in range(1, num_slices + 1)
+    ]
+
+
+def training_cost(
+    sequences: Sequence[Sequence[int]], slice_data: str = "cumulative", blocks: str = "layers"
+) -> float:
+    """Cost of training all nodes, in plain LoRA fine-tunes of the data for as many epochs.
+
+    One sequence of 4 slices, cumulative, in layers: (4.375 units per epoch) / 2 = 2.1875.
+
+    Raises:
+        ValueError: an unknown ``slice_data`` or ``blocks``.
+    """
+    _check_choices("cyclic", slice_data, blocks)
+    num_slices = len(sequences[0])
+    units = 0.0
+    for stage, nodes in enumerate(count_nodes(sequences), start=1):
+        share_of_data = (stage if slice_data == "cumulative" else 1) / num_slices
+        backward = stage / num_slices if blocks == "layers" else 1.0
+        units += nodes * share_of_data * (1.0 + backward)
+    return units / PLAIN_LORA_EPOCH
+
+
+def plan_table(plan: Plan) -> list[tuple[str, str]]:
+    """The plan as (label, value) rows for printing, in the order in which a person asks."""
+    rows = [
+        ("shards x slices, sequences per shard", _set_up(plan)),
+        ("deletions until retraining, expected", f"{plan.deletions_until_retraining:.1f}"),
+        ("deletions until retraining, simulated", str(plan.simulated_deletions)),
+        ("the same for SISA, expected", f"{plan.sisa_deletions_until_retraining:.1f}"),
+        ("deletions until the first shard is dead", str(plan.deletions_until_first_shard_dead)),
+        ("deletions until half the depth is gone", str(plan.deletions_until_half_depth)),
+        ("aimed deletions that kill one shard", str(plan.aimed_deletions_first_shard)),
+        ("aimed deletions that kill everything", str(plan.aimed_deletions_all_shards)),
+        ("training cost (plain LoRA fine-tunes)", f"{plan.training_cost:.2f}"),
+        ("training cost per deletion until retraining", f"{plan.training_cost_per_deletion:.3f}"),
+        ("nodes to train and store", str(plan.num_nodes)),
+    ]
+    if plan.storage_bytes is not None:
+        rows.append(("storage of the nodes", _readable_bytes(plan.storage_bytes)))
+    if plan.records_per_slice is not None:
+        rows.append(("records in a slice, on average", f"{plan.records_per_slice:.1f}"))
+    rows.append(("forward passes per token", str(plan.forward_passes_per_token)))
+    rows.append(("KV caches while decoding", str(plan.kv_caches)))
+    return rows
+
+
+def plot_plan(plan: Plan, path: str | PathLike[str]) -> None:
+    """Draw retained depth against requests, and deletions until retraining against B, to a file.
+
+    The format follows the file's ending. Needs matplotlib.
+    """
+    from matplotlib.figure import Figure  # optional, and slow to import
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    depth_axes, deletions_axes = figure.subplots(1, 2)
+    _draw_depth(plan, depth_axes)
+    _draw_deletions(plan, deletions_axes)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_depth(plan: Plan, axes: "Axes") -> None:
+    # Twice the half-depth time shows the whole descent without the flat tail.
+    num_requests = max(5, int(np.ceil(2.5 * plan.deletions_until_half_depth.mean)))
+    for budget in _budgets_to_plot(plan.num_sequences):
+        sequences = select_sequences(plan.num_slices, budget, plan.method, seed=plan.seed)
+        depth = simulate_depth(plan.num_shards, sequences, num_requests, plan.runs, plan.seed)
+        axes.plot(range(num_requests + 1), 100 * depth, label=f"B = {budget}")
+    axes.axhline(50, color="grey", linestyle=":", linewidth=1)
+    axes.set(
+        xlabel="deletion requests",
+        ylabel="mean retained depth (% of stages)",
+        title=f"What is left ({plan.num_shards} shards, {plan.num_slices} slices each)",
+        xlim=(0, num_requests),
+        ylim=(0, 102),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(title="sequences per shard")
+
+
+def _draw_deletions(plan: Plan, axes: "Axes") -> None:
+    budgets = list(range(1, max(plan.num_slices, 2) + 1))
+    # The closed form is flat beyond B = L, so the budgets end there.
+    expected = [expected_deletions(plan.num_shards, plan.num_slices, b) for b in budgets]
+    axes.plot(budgets, expected, marker="o", markersize=4, label="S3T, expected")
+    axes.errorbar(
+        [min(plan.num_sequences, budgets[-1])],
+        [plan.simulated_deletions.mean],
+        yerr=[4 * plan.simulated_deletions.standard_error],
+        fmt="s",
+        capsize=4,
+        color="black",
+        label=f"this plan (B = {plan.num_sequences}), simulated, 4 standard errors",
+    )
+    sisa = plan.sisa_deletions_until_retraining
+    axes.axhline(sisa, color="grey", linestyle="--", linewidth=1, label="SISA, expected")
+    axes.set(
+        xlabel="sequences per shard B (no gain beyond the number of slices)",
+        ylabel="deletion requests",
+        title="Requests until retraining",
+    )
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+
+
+def _budgets_to_plot(num_sequences: int) -> list[int]:
+    """1, 2, 4, ... below the plan's budget, thinned out, and the budget itself."""
+    doublings = [2**i for i in range(num_sequences.bit_length()) if 2**i < num_sequences]
+    stride = -(-len(doublings) // (_PLOTTED_BUDGETS - 1)) or 1
+    return [*doublings[::stride], num_sequences]
+
+
+def _estimate(values: np.ndarray) -> Estimate:
+    # One run has no spread to estimate from: NaN, not a confident zero.
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return Estimate(mean=float(values.mean()), standard_error=float(error))
+
+
+def _check_choices(method: str, slice_data: str, blocks: str) -> None:
+    choices = (
+        ("method", method, ("cyclic", "random")),
+        ("slice_data", slice_data, SLICE_DATA),
+        ("blocks", blocks, BLOCKS),
+    )
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+
+
+def _set_up(plan: Plan) -> str:
+    return (
+        f"{plan.num_shards} x {plan.num_slices}, {plan.num_sequences} "
+        f"({plan.method}, {plan.slice_data}, {plan.blocks})"
+    )
+
+
+def _readable_bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.1f} {unit}" if unit != "B" else f"{count} B"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,216 @@
+"""kill -9 at every point where something reaches the disk, then run the same command again.
+
+A forked child does the work with every primitive that changes the disk wrapped in a counter, and
+kills itself at the n-th; n runs until the child gets through.
+"""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llm_unlearn import files
+from llm_unlearn.exact.ledger import Ledger
+from llm_unlearn.exact.run import S3TRun
+from tests.tiny import (
+    load_tiny,
+    make_run,
+    make_stub_run,
+    node_bytes,
+    served_bytes,
+    stubbed_training,
+    tiny_records,
+    train_stub,
+)
+
+SHAPE = {"num_slices": 2, "num_sequences": 2}
+VICTIM = "person 4"
+
+
+def in_child(work: Callable[[], None]) -> int | None:
+    """Run `work` in a fork; its exit code, or None if it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def kill_at(point: int) -> None:
+    """Kill this process at the `point`-th change of the disk, before or after it."""
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+        if count == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*arguments: object, **options: object) -> object:
+            tick()
+            result = original(*arguments, **options)
+            tick()
+            return result
+
+        setattr(owner, name, wrapped)
+
+    for owner, name in [
+        (os, "replace"), (os, "rename"), (os, "symlink"), (os, "link"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
+        (files, "write_bytes"), (files, "remove"), (files, "publish_link"), (files, "publish_directory"),
+        (Path, "write_bytes"), (Path, "rename"), (Path, "unlink"), (Ledger, "acknowledge"), (Ledger, "finish"),
+        (Ledger, "append"), (Ledger, "_remember_head"),
+    ]:  # fmt: skip
+        wrap(owner, name)
+
+
+def every_point(prepare: Callable[[], object], work: Callable[[], None], check: Callable[[], None]) -> int:
+    """Kill `work` at each point in turn, checking after each; returns how many points there were."""
+    point = 0
+    while True:
+        point += 1
+        prepare()
+
+        def doomed(point: int = point) -> None:
+            kill_at(point)
+            work()
+
+        outcome = in_child(doomed)
+        assert outcome in (None, 0), f"the child failed at point {point}"
+        check()
+        if outcome == 0:
+            return point - 1
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    """A trained run to copy, so that every point starts from the same state."""
+    with stubbed_training():
+        train_stub(make_stub_run(tmp_path / "reference", tiny_records(), **SHAPE))
+    return tmp_path / "reference"
+
+
+def test_training_survives_kill_9_at_every_point(reference: Path, tmp_path: Path) -> None:
+    expected = node_bytes(S3TRun.open(reference)), served_bytes(S3TRun.open(reference))
+    path = tmp_path / "run"
+
+    def prepare() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        make_stub_run(path, tiny_records(), **SHAPE)
+
+    def check() -> None:
+        run = S3TRun.open(path)
+        train_stub(run)
+        assert (node_bytes(run), served_bytes(run)) == expected
+        assert all(result.passed for result in run.verify())
+
+    with stubbed_training():
+        assert every_point(prepare, lambda: train_stub(S3TRun.open(path)), check) > 40
+
+
+def test_creation_survives_kill_9_at_every_point(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+
+    def check() -> None:
+        if not (path / "run.json").exists():
+            make_stub_run(path, tiny_records(), **SHAPE)
+        assert len([r for name in S3TRun.open(path).directory.slices.names
+                    for r in S3TRun.open(path).directory.slices.read(name)]) == 24  # fmt: skip
+        assert S3TRun.open(path).directory.ledger.check_chain() == []
+
+    every_point(
+        lambda: shutil.rmtree(path, ignore_errors=True),
+        lambda: make_stub_run(path, tiny_records(), **SHAPE) and None,
+        check,
+    )
+
+
+def test_deletion_survives_kill_9_at_every_point(reference: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    done = tmp_path / "done"
+    shutil.copytree(reference, done, symlinks=True)
+    S3TRun.open(done).delete([VICTIM])
+    expected = node_bytes(S3TRun.open(done)), served_bytes(S3TRun.open(done))
+    acknowledged = 0
+
+    def prepare() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(reference, path, symlinks=True)
+
+    def check() -> None:
+        nonlocal acknowledged
+        run = S3TRun.open(path)
+        requests = run.directory.ledger.requests()
+        if requests:
+            acknowledged += 1
+            run.settle()  # an acknowledged request is carried out without being asked for again
+        else:
+            assert node_bytes(run).keys() > expected[0].keys()
+            run.delete([VICTIM])
+        assert (node_bytes(run), served_bytes(run)) == expected
+        assert len(run.directory.ledger.requests()) == 1
+        assert len(list((path / "certificates").iterdir())) == 1
+        assert run.delete([VICTIM]).request is None
+        assert all(result.passed for result in run.verify()), [r.problems for r in run.verify()]
+
+    points = every_point(prepare, lambda: S3TRun.open(path).delete([VICTIM]) and None, check)
+    assert points > 40
+    assert 0 < acknowledged < points
+
+
+def test_rebuild_survives_kill_9_at_every_point(reference: Path, tmp_path: Path) -> None:
+    path, deleted = tmp_path / "run", tmp_path / "deleted"
+    shutil.copytree(reference, deleted, symlinks=True)
+    S3TRun.open(deleted).delete([VICTIM])
+    with stubbed_training():
+        rest = [record for record in tiny_records() if record.subject != VICTIM]
+        never = make_stub_run(tmp_path / "never", rest, **SHAPE)
+        train_stub(never)
+
+        def prepare() -> None:
+            shutil.rmtree(path, ignore_errors=True)
+            shutil.copytree(deleted, path, symlinks=True)
+
+        def check() -> None:
+            train_stub(S3TRun.open(path))
+            assert node_bytes(S3TRun.open(path)) == node_bytes(never)
+            assert served_bytes(S3TRun.open(path)) == served_bytes(never)
+
+        assert every_point(prepare, lambda: train_stub(S3TRun.open(path)), check) > 20
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_real_training_killed_in_a_step_reaches_the_same_bits(tiny_base: Path, tmp_path: Path, step: int) -> None:
+    class Killer:
+        def __init__(self) -> None:
+            self.nodes = 0
+
+        def node(self, *_: object) -> None:
+            self.nodes += 1
+
+        def warn(self, message: str) -> None: ...
+
+        def step(self, number: int, _total: int) -> None:
+            if self.nodes == 2 and number == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    whole = make_run(tmp_path / "whole", tiny_base, **SHAPE)
+    make_run(tmp_path / "cut", tiny_base, train=False, **SHAPE)
+    model, tokenizer = load_tiny(tiny_base)
+    work = lambda: S3TRun.open(tmp_path / "cut").train(model, tokenizer, Killer()) and None  # noqa: E731  # pyright: ignore
+    assert in_child(work) is None
+    cut = S3TRun.open(tmp_path / "cut")
+    assert len(cut.directory.nodes.keys()) == 1
+    cut.train(model, tokenizer)
+    assert node_bytes(cut) == node_bytes(whole)
+    assert served_bytes(cut) == served_bytes(whole)
