@@ -6,8 +6,8 @@ is ours, because the paper's leaves out the forward pass:
 * one forward pass over a share of the data costs that share; the backward pass of all LoRA blocks
   costs the same again, so a plain LoRA fine-tune costs 2 per epoch over all data;
 * stage i of L sees ``i/L`` of its shard (``cumulative``) or ``1/L`` (``disjoint``);
-* with ``layers`` its backward pass stops below the top ``i/L`` of the layers, with ``ranks`` it runs
-  through all of them: ``1 + i/L`` or 2 per share of data;
+* with ``layers`` its backward pass stops below the top ``i/L`` of the layers, with ``ranks`` it
+  runs through all of them: ``1 + i/L`` or 2 per share of data;
 * a node, that is a distinct prefix of the sequences of a shard, is trained once.
 
 Costs are reported in plain LoRA fine-tunes of all data for the same number of epochs per stage. The
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llm_unlearn.exact.sequences import select_sequences
+from llm_unlearn.exact.sequences import check_at_least_one, select_sequences
 from llm_unlearn.exact.simulation import simulate_deletions, simulate_depth
 from llm_unlearn.exact.theory import expected_deletions, sisa_expected_deletions
 
@@ -34,9 +34,6 @@ PLAIN_LORA_EPOCH = 2.0
 SLICE_DATA = ("cumulative", "disjoint")
 BLOCKS = ("layers", "ranks")
 
-_PLOTTED_BUDGETS = 5
-"""Curves in the left panel of `plot_plan`; more cannot be told apart."""
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -46,7 +43,6 @@ class Estimate:
     standard_error: float
 
     def __str__(self) -> str:
-        """Both with one digit after the point, for tables."""
         return f"{self.mean:.1f} +/- {self.standard_error:.1f}"
 
 
@@ -98,8 +94,8 @@ class Plan:
     """Of all nodes; the served adapters (one per shard) come on top. None if not asked for."""
 
     records_per_slice: float | None
-    """Expected number of records that one request takes out of service at most, until they are
-    rebuilt. None if the number of records is not given."""
+    """Mean size of a slice: a request takes its whole slice out of service until a rebuild. None
+    if the number of records is not given."""
 
     forward_passes_per_token: int
     """One per shard, while all live: their answers are combined."""
@@ -141,8 +137,8 @@ def make_plan(  # noqa: PLR0913 - every argument is one choice of the person who
     Raises:
         ValueError: an argument outside what is said above.
     """
-    _check_choices(method, slice_data, blocks)
-    _check_numbers(
+    _check_choice("method", method, ("cyclic", "random"))
+    check_at_least_one(
         num_shards=num_shards, runs=runs, num_records=num_records, adapter_bytes=adapter_bytes
     )
     sequences = select_sequences(num_slices, num_sequences, method, seed=seed)
@@ -200,7 +196,8 @@ def training_cost(
     Raises:
         ValueError: an unknown ``slice_data`` or ``blocks``.
     """
-    _check_choices("cyclic", slice_data, blocks)
+    _check_choice("slice_data", slice_data, SLICE_DATA)
+    _check_choice("blocks", blocks, BLOCKS)
     num_slices = len(sequences[0])
     units = 0.0
     for stage, nodes in enumerate(count_nodes(sequences), start=1):
@@ -212,8 +209,9 @@ def training_cost(
 
 def plan_table(plan: Plan) -> list[tuple[str, str]]:
     """The plan as (label, value) rows for printing, in the order in which a person asks."""
+    set_up = f"{plan.num_shards} x {plan.num_slices}, {plan.num_sequences} ({plan.method})"
     rows = [
-        ("shards x slices, sequences per shard", _set_up(plan)),
+        ("shards x slices, sequences per shard", set_up),
         ("deletions until retraining, expected", f"{plan.deletions_until_retraining:.1f}"),
         ("deletions until retraining, simulated", str(plan.simulated_deletions)),
         ("the same for SISA, expected", f"{plan.sisa_deletions_until_retraining:.1f}"),
@@ -221,17 +219,17 @@ def plan_table(plan: Plan) -> list[tuple[str, str]]:
         ("deletions until half the depth is gone", str(plan.deletions_until_half_depth)),
         ("aimed deletions that kill one shard", str(plan.aimed_deletions_first_shard)),
         ("aimed deletions that kill everything", str(plan.aimed_deletions_all_shards)),
+        ("training data and blocks of a stage", f"{plan.slice_data}, {plan.blocks}"),
         ("training cost (plain LoRA fine-tunes)", f"{plan.training_cost:.2f}"),
         ("training cost per deletion until retraining", f"{plan.training_cost_per_deletion:.3f}"),
         ("nodes to train and store", str(plan.num_nodes)),
     ]
     if plan.storage_bytes is not None:
-        rows.append(("storage of the nodes", _readable_bytes(plan.storage_bytes)))
+        rows.append(("storage of the nodes", f"{plan.storage_bytes / 1e6:,.1f} MB"))
     if plan.records_per_slice is not None:
         rows.append(("records in a slice, on average", f"{plan.records_per_slice:.1f}"))
     rows.append(("forward passes per token", str(plan.forward_passes_per_token)))
-    rows.append(("KV caches while decoding", str(plan.kv_caches)))
-    return rows
+    return [*rows, ("KV caches while decoding", str(plan.kv_caches))]
 
 
 def plot_plan(plan: Plan, path: str | PathLike[str]) -> None:
@@ -249,9 +247,11 @@ def plot_plan(plan: Plan, path: str | PathLike[str]) -> None:
 
 
 def _draw_depth(plan: Plan, axes: "Axes") -> None:
-    # Twice the half-depth time shows the whole descent without the flat tail.
+    # Shows the whole descent without its long flat tail.
     num_requests = max(5, int(np.ceil(2.5 * plan.deletions_until_half_depth.mean)))
-    for budget in _budgets_to_plot(plan.num_sequences):
+    # 1, 2, 4, ... up to the plan's own; curves beyond L lie too close to be told apart.
+    doublings = [2**i for i in range(plan.num_slices.bit_length()) if 2**i < plan.num_sequences]
+    for budget in [*doublings[:: 1 + len(doublings) // 5], plan.num_sequences]:
         sequences = select_sequences(plan.num_slices, budget, plan.method, seed=plan.seed)
         depth = simulate_depth(plan.num_shards, sequences, num_requests, plan.runs, plan.seed)
         axes.plot(range(num_requests + 1), 100 * depth, label=f"B = {budget}")
@@ -259,7 +259,7 @@ def _draw_depth(plan: Plan, axes: "Axes") -> None:
     axes.set(
         xlabel="deletion requests",
         ylabel="mean retained depth (% of stages)",
-        title=f"What is left ({plan.num_shards} shards, {plan.num_slices} slices each)",
+        title=f"What is left (m = {plan.num_shards} shards, L = {plan.num_slices} slices)",
         xlim=(0, num_requests),
         ylim=(0, 102),
     )
@@ -268,37 +268,25 @@ def _draw_depth(plan: Plan, axes: "Axes") -> None:
 
 
 def _draw_deletions(plan: Plan, axes: "Axes") -> None:
-    budgets = list(range(1, max(plan.num_slices, 2) + 1))
-    # The closed form is flat beyond B = L, so the budgets end there.
-    expected = [expected_deletions(plan.num_shards, plan.num_slices, b) for b in budgets]
-    axes.plot(budgets, expected, marker="o", markersize=4, label="S3T, expected")
+    from matplotlib.ticker import MaxNLocator
+
+    counts = range(1, plan.num_slices + 1)
+    expected = [expected_deletions(plan.num_shards, plan.num_slices, count) for count in counts]
+    axes.plot(counts, expected, marker="o", markersize=4, label="S3T, expected")
     axes.errorbar(
-        [min(plan.num_sequences, budgets[-1])],
+        [plan.aimed_deletions_first_shard],
         [plan.simulated_deletions.mean],
         yerr=[4 * plan.simulated_deletions.standard_error],
-        fmt="s",
+        fmt="ks",
         capsize=4,
-        color="black",
         label=f"this plan (B = {plan.num_sequences}), simulated, 4 standard errors",
     )
-    sisa = plan.sisa_deletions_until_retraining
-    axes.axhline(sisa, color="grey", linestyle="--", linewidth=1, label="SISA, expected")
-    axes.set(
-        xlabel="sequences per shard B (no gain beyond the number of slices)",
-        ylabel="deletion requests",
-        title="Requests until retraining",
-    )
-    axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.axhline(expected[0], color="grey", linestyle="--", linewidth=1, label="SISA, expected")
+    axes.set(xlabel="different first slices per shard, min(B, L)", ylabel="deletion requests")
+    axes.set(title="Requests until retraining", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-
-
-def _budgets_to_plot(num_sequences: int) -> list[int]:
-    """1, 2, 4, ... below the plan's budget, thinned out, and the budget itself."""
-    doublings = [2**i for i in range(num_sequences.bit_length()) if 2**i < num_sequences]
-    stride = -(-len(doublings) // (_PLOTTED_BUDGETS - 1)) or 1
-    return [*doublings[::stride], num_sequences]
 
 
 def _estimate(values: np.ndarray) -> Estimate:
@@ -307,34 +295,6 @@ def _estimate(values: np.ndarray) -> Estimate:
     return Estimate(mean=float(values.mean()), standard_error=float(error))
 
 
-def _check_choices(method: str, slice_data: str, blocks: str) -> None:
-    choices = (
-        ("method", method, ("cyclic", "random")),
-        ("slice_data", slice_data, SLICE_DATA),
-        ("blocks", blocks, BLOCKS),
-    )
-    for name, value, allowed in choices:
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
-
-
-def _check_numbers(**numbers: int | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}, expected at least 1")
-
-
-def _set_up(plan: Plan) -> str:
-    return (
-        f"{plan.num_shards} x {plan.num_slices}, {plan.num_sequences} "
-        f"({plan.method}, {plan.slice_data}, {plan.blocks})"
-    )
-
-
-def _readable_bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.1f} {unit}" if unit != "B" else f"{count} B"
-        size /= 1000
-    return f"{size:.1f} TB"
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")

@@ -104,11 +104,15 @@ def bms_log_score(
     return float(np.logaddexp.reduce(_log_score_terms(sequence, prior, num_requests)))
 
 
+def check_at_least_one(**numbers: int | None) -> None:
+    """Raise ValueError, with its name, for a number below 1; None means not given."""
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+
+
 def _check_budget(num_slices: int, num_sequences: int) -> None:
-    if num_slices < 1:
-        raise ValueError(f"num_slices is {num_slices}, expected at least 1")
-    if num_sequences < 1:
-        raise ValueError(f"num_sequences is {num_sequences}, expected at least 1")
+    check_at_least_one(num_slices=num_slices, num_sequences=num_sequences)
     # L! of a large L has thousands of digits, and no budget comes near it.
     if num_slices <= 20 and num_sequences > math.factorial(num_slices):
         raise ValueError(
@@ -200,15 +204,18 @@ def _latin_square(prior: np.ndarray) -> list[tuple[int, ...]]:
     """
     from scipy.optimize import linear_sum_assignment
 
+    # Worked out on slices sorted by risk, so that renaming the slices changes nothing else.
+    by_risk = np.argsort(prior, kind="stable")
     num_slices = len(prior)
     sequences = [[first] for first in range(num_slices)]
     unused = ~np.eye(num_slices, dtype=bool)
     for _ in range(num_slices - 1):
-        rows, chosen = linear_sum_assignment(_matching_weights(prior, unused), maximize=True)
+        weights = _matching_weights(prior[by_risk], unused)
+        rows, chosen = linear_sum_assignment(weights, maximize=True)
         unused[rows, chosen] = False
         for sequence, next_slice in zip(sequences, chosen.tolist(), strict=True):
             sequence.append(next_slice)
-    return [tuple(sequence) for sequence in sequences]
+    return [tuple(by_risk[sequence].tolist()) for sequence in sequences]
 
 
 def _matching_weights(prior: np.ndarray, unused: np.ndarray) -> np.ndarray:
@@ -219,11 +226,18 @@ def _matching_weights(prior: np.ndarray, unused: np.ndarray) -> np.ndarray:
     the earlier ones it would vanish in double precision and leave the choice to the solver. The
     terms themselves span hundreds of orders of magnitude, hence the small log part, which orders
     those that are negligible beside the largest.
+
+    Args:
+        prior: shape (L,), rising, so that sequence i is better than i+1.
+        unused: shape (L, L), whether sequence i may still be extended by slice s.
     """
     mass = np.round((unused @ prior)[:, None] - prior[None, :], 12)
     log_term = REQUESTS_AHEAD * np.log(np.maximum(mass, _SMALLEST_MASS))
     highest, lowest = log_term[unused].max(), log_term[unused].min()
-    relative_log = (log_term - lowest) / max(highest - lowest, 1.0)
+    # Sequences with the same slices so far tie in pairs. The better one, which a small budget
+    # keeps, gets the better slice.
+    preference = 1.0 + 1e-3 * np.linspace(1.0, 0.0, len(prior))[:, None]
+    relative_log = preference * (log_term - lowest) / max(highest - lowest, 1.0)
     relative_score = np.exp(np.minimum(log_term - highest, 0.0))
     return np.where(unused, relative_score + _TIE_BREAK * relative_log, -np.inf)
 
@@ -241,24 +255,35 @@ def _sample_distinct(weights: np.ndarray, num_sequences: int, seed: int) -> list
     """Draw distinct permutations slice by slice, without ever rejecting one.
 
     Rejecting duplicates, as the paper does, need not end: with p = 1 for a slice only (L-1)!
-    orders have a positive probability. Here a slice's weight is multiplied by the share of the
-    orders below it that are still unseen. With equal weights this is uniform over unseen orders.
+    orders have a positive probability. Here the chance of a slice is multiplied by the chance that
+    the order below it is still unseen, which gives the same distribution; orders of probability
+    zero come last.
     """
     generator = np.random.default_rng(seed)
-    num_slices = len(weights)
-    seen: Counter[tuple[int, ...]] = Counter()
+    num_seen: Counter[tuple[int, ...]] = Counter()  # orders drawn, by prefix
+    share_seen: dict[tuple[int, ...], float] = {}  # their probability, given the prefix
     sequences: list[tuple[int, ...]] = []
     for _ in range(num_sequences):
         prefix: tuple[int, ...] = ()
-        while len(prefix) < num_slices:
-            choices = [s for s in range(num_slices) if s not in prefix]
+        chances: list[float] = []
+        while len(prefix) < len(weights):
+            choices = [s for s in range(len(weights)) if s not in prefix]
             orders_below = math.factorial(len(choices) - 1)
-            unseen = np.array([1.0 - seen[(*prefix, s)] / orders_below for s in choices])
-            likely = weights[choices] * unseen
-            # Only slices of weight 0 are left open: any of them, or the budget is not honoured.
-            share = likely if likely.sum() > 0 else unseen
-            prefix = (*prefix, choices[generator.choice(len(choices), p=share / share.sum())])
-            seen[prefix] += 1
+            weight = weights[choices] if weights[choices].any() else np.ones(len(choices))
+            chance = weight / weight.sum()
+            # Counted, because a sum of probabilities is not exactly 1 when nothing is left.
+            is_open = np.array([num_seen[(*prefix, s)] < orders_below for s in choices])
+            unseen = np.array([1.0 - share_seen.get((*prefix, s), 0.0) for s in choices])
+            likely = chance * is_open * np.maximum(unseen, 0.0)
+            # Without the second, a budget beyond the orders of positive probability would fail.
+            share = likely if likely.sum() > 0 else is_open.astype(float)
+            drawn = int(generator.choice(len(choices), p=share / share.sum()))
+            prefix = (*prefix, choices[drawn])
+            chances.append(float(chance[drawn]))
+        for length in range(1, len(prefix) + 1):
+            num_seen[prefix[:length]] += 1
+            probability = math.prod(chances[length:])
+            share_seen[prefix[:length]] = share_seen.get(prefix[:length], 0.0) + probability
         sequences.append(prefix)
     return sequences
 

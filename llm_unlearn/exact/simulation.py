@@ -13,10 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm_unlearn.exact.sequences import check_sequences
+from llm_unlearn.exact.sequences import check_at_least_one, check_sequences
 
 _TIMES_PER_CHUNK = 400_000
 """First-hit times held at once: arrays of a few MB, which also stay near the processor's cache."""
+
+
+_COUNT = np.int32
+"""Holds requests: n slices need about n (ln n + 40) at the very most, so 40 million fit."""
 
 
 class SimulationResult(NamedTuple):
@@ -97,9 +101,7 @@ def _first_hit_chunks(
 ) -> Iterator[np.ndarray]:
     """Yield first-hit times of shape (L, m, runs of the chunk) until all runs are done."""
     num_slices = check_sequences(sequences)
-    for name, value in (("num_shards", num_shards), ("runs", runs), ("fan_out", fan_out)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected at least 1")
+    check_at_least_one(num_shards=num_shards, runs=runs, fan_out=fan_out)
     num_all_slices = num_shards * num_slices
     if fan_out > num_all_slices:
         raise ValueError(f"fan_out is {fan_out}, expected at most {num_all_slices} slices")
@@ -124,7 +126,7 @@ def _discovery_times(
         return _discovery_times_fan_out(num_all_slices, runs, fan_out, generator)
     stay = np.arange(num_all_slices) / num_all_slices
     exponential = generator.standard_exponential((num_all_slices, runs))
-    return np.cumsum(_geometric(exponential, stay[:, None]), axis=0)
+    return np.cumsum(_geometric(exponential, stay[:, None]), axis=0, dtype=_COUNT)
 
 
 def _discovery_times_fan_out(
@@ -136,7 +138,7 @@ def _discovery_times_fan_out(
     is hypergeometric, given that there is at least one.
     """
     stay, new_slices_cdf = _fan_out_tables(num_all_slices, fan_out)
-    waits = np.zeros((num_all_slices, runs), dtype=np.int64)
+    waits = np.zeros((num_all_slices, runs), dtype=_COUNT)
     hit = np.zeros(runs, dtype=np.int64)
     active = np.arange(runs)
     while len(active) > 0:
@@ -148,7 +150,7 @@ def _discovery_times_fan_out(
         uniform = generator.random(len(active))
         hit[active] = before + 1 + (new_slices_cdf[before] < uniform[:, None]).sum(axis=1)
         active = active[hit[active] < num_all_slices]
-    return np.cumsum(waits, axis=0)
+    return np.cumsum(waits, axis=0, dtype=_COUNT)
 
 
 def _fan_out_tables(num_all_slices: int, fan_out: int) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +183,7 @@ def _geometric(exponential: np.ndarray, failure: np.ndarray) -> np.ndarray:
         scale = -1.0 / np.log(failure)
     waits = exponential * scale
     np.ceil(waits, out=waits)
-    return np.maximum(waits, 1.0, out=waits).astype(np.int64)
+    return np.maximum(waits, 1.0, out=waits).astype(_COUNT)
 
 
 def _stage_lost(first_hit: np.ndarray, sequences: Sequence[Sequence[int]]) -> np.ndarray:

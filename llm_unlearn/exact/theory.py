@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from llm_unlearn.exact.sequences import check_sequences
+from llm_unlearn.exact.sequences import check_at_least_one, check_sequences
 
 MAX_ENUMERATED_SLICES = 12
 """Most slices per shard for exact enumeration: 4096 sets of hit slices."""
@@ -41,7 +41,7 @@ def expected_deletions(num_shards: int, num_slices: int, num_sequences: int) -> 
     Raises:
         ValueError: a number below 1.
     """
-    _check_positive(num_shards=num_shards, num_slices=num_slices, num_sequences=num_sequences)
+    check_at_least_one(num_shards=num_shards, num_slices=num_slices, num_sequences=num_sequences)
     num_coupons = num_shards * min(num_sequences, num_slices)
     return num_shards * num_slices * harmonic(num_coupons)
 
@@ -61,9 +61,8 @@ def hit_count_probabilities(num_slices: int, num_requests: int, num_shards: int 
     Raises:
         ValueError: a number out of range.
     """
-    _check_positive(num_slices=num_slices, num_shards=num_shards)
-    if num_requests < 0:
-        raise ValueError(f"num_requests is {num_requests}, expected at least 0")
+    check_at_least_one(num_slices=num_slices, num_shards=num_shards)
+    _check_requests(num_requests)
     hit = np.arange(num_slices + 1)
     new_slice = (num_slices - hit) / (num_slices * num_shards)
     transition = np.diag(1.0 - new_slice) + np.diag(new_slice[:-1], k=1)
@@ -131,8 +130,9 @@ def lemma2_retention(num_slices: int, num_sequences: int, depth: int, num_reques
     Raises:
         ValueError: a number out of range.
     """
-    _check_positive(num_slices=num_slices, num_sequences=num_sequences)
+    check_at_least_one(num_slices=num_slices, num_sequences=num_sequences)
     _check_depth(depth, num_slices)
+    _check_requests(num_requests)
     num_prefixes = min(num_sequences, math.perm(num_slices, depth))
     return 1.0 - (1.0 - (1.0 - depth / num_slices) ** num_requests) ** num_prefixes
 
@@ -146,7 +146,7 @@ def _depth_given_hits(sequences: tuple[tuple[int, ...], ...]) -> np.ndarray:
     """
     num_slices = len(sequences[0])
     hit_sets = np.arange(2**num_slices)
-    num_hit = sum((hit_sets >> s) & 1 for s in range(num_slices))
+    num_hit = ((hit_sets[:, None] >> np.arange(num_slices)) & 1).sum(axis=1)
     best_depth = np.zeros(len(hit_sets), dtype=int)
     for sequence in sequences:
         alive = np.ones(len(hit_sets), dtype=bool)
@@ -162,12 +162,11 @@ def _depth_given_hits(sequences: tuple[tuple[int, ...], ...]) -> np.ndarray:
     return table
 
 
-def _check_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected at least 1")
-
-
 def _check_depth(depth: int, num_slices: int) -> None:
     if not 0 <= depth <= num_slices:
         raise ValueError(f"depth is {depth}, expected 0 to {num_slices}")
+
+
+def _check_requests(num_requests: int) -> None:
+    if num_requests < 0:
+        raise ValueError(f"num_requests is {num_requests}, expected at least 0")
