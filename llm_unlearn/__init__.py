@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 # A privacy tool does not tell anybody what it trains on.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# cuBLAS reads this once, when CUDA starts: without it equal runs on a GPU differ in their last bits.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # PEFT still reads a property of Transformers under its old name; nothing that a user could mend.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
@@ -30,7 +32,15 @@ _HOMES = {
     "make_records": "llm_unlearn.data.records",
 }
 
-__all__ = ["Record", "RunError", "S3TConfig", "S3TRun", "ShardEnsemble", "UserError", "make_records"]
+__all__ = [
+    "Record",
+    "RunError",
+    "S3TConfig",
+    "S3TRun",
+    "ShardEnsemble",
+    "UserError",
+    "make_records",
+]
 __version__ = "0.1.0"
 
 

@@ -35,7 +35,7 @@ def _print_json(value: Any) -> None:
 
 
 @app.command()
-def plan(
+def plan(  # noqa: PLR0913 - typer makes an option of every argument
     num_shards: Annotated[int, typer.Option(help="Shards m.")] = 1,
     num_slices: Annotated[int, typer.Option(help="Slices L of a shard.")] = 4,
     num_sequences: Annotated[int, typer.Option(help="Sequences B per shard.")] = 2,
@@ -86,9 +86,18 @@ def status(run: RunPath, as_json: Json = False) -> None:
 def _print_status(current: "RunStatus") -> None:
     console.print_table(
         f"{current.path}: {current.blocks} blocks on {current.base_model}",
-        ("shard", "served depth", "full depth", "nodes", "missing", "records", "subjects"),
+        ("shard", "served", "of", "nodes", "missing", "subjects", "records", "by slice"),
         [
-            (s.shard, s.served_depth, s.full_depth, s.nodes, s.missing_nodes, s.records, s.subjects)
+            (
+                s.shard,
+                s.served_depth,
+                s.full_depth,
+                s.nodes,
+                s.missing_nodes,
+                s.subjects,
+                s.records,
+                " ".join(map(str, s.slice_records)),
+            )  # fmt: skip
             for s in current.shards
         ],
     )
@@ -108,14 +117,18 @@ def _print_status(current: "RunStatus") -> None:
 @app.command()
 def delete(
     run: RunPath,
-    subject: Annotated[list[str] | None, typer.Option(help="Subject to delete; repeatable.")] = None,
+    subject: Annotated[
+        list[str] | None, typer.Option(help="Subject to delete; repeatable.")
+    ] = None,
     from_file: Annotated[
         Path | None, typer.Option(help='One subject a line, or JSON lines with "subject".')
     ] = None,
     with_duplicates: Annotated[
         bool, typer.Option(help="Also delete other subjects' records with the same text.")
     ] = False,
-    rebuild: Annotated[bool, typer.Option(help="Then train what the deletion took, without it.")] = False,
+    rebuild: Annotated[
+        bool, typer.Option(help="Then train what the deletion took, without it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Delete subjects exactly, all or none: what is served afterwards never saw them."""
@@ -129,7 +142,9 @@ def delete(
     if done.already_deleted:
         print(f"{done.already_deleted} of the subjects had been deleted before")
     if done.request is not None:
-        depths = ", ".join(f"shard {shard}: {depth}" for shard, depth in sorted(done.served.items()))
+        depths = ", ".join(
+            f"shard {shard}: {depth}" for shard, depth in sorted(done.served.items())
+        )
         print(
             f"deleted {done.subjects} subjects ({done.records} records) in {done.seconds:.2f} s: "
             f"{done.nodes_removed} nodes dropped; blocks served now: {depths}"
@@ -146,7 +161,7 @@ def delete(
 
 def _read_subjects(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     subjects = []
@@ -157,9 +172,14 @@ def _read_subjects(path: Path) -> list[str]:
             subjects.append(line.strip())
             continue
         try:
-            subjects.append(str(json.loads(line)["subject"]))
+            subject = json.loads(line)["subject"]
+            if subject is None:
+                raise ValueError("no subject")
+            subjects.append(str(subject))
         except (ValueError, KeyError):
-            raise UserError(f'{path}, line {number}: expected JSON with a "subject"; nothing was deleted') from None
+            raise UserError(
+                f'{path}, line {number}: expected JSON with a "subject"; nothing was deleted'
+            ) from None
     return subjects
 
 
@@ -181,7 +201,9 @@ def rebuild(run: RunPath, as_json: Json = False) -> None:
 @app.command()
 def verify(
     run: RunPath,
-    replay: Annotated[int, typer.Option(help="Train this many random nodes again and compare bits.")] = 0,
+    replay: Annotated[
+        int, typer.Option(help="Train this many random nodes again and compare bits.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Check ledger, records, nodes, what is served and residues; exit 1 if anything is wrong."""
@@ -191,7 +213,10 @@ def verify(
     else:
         for check in checks:
             verdict = "ok" if check.passed else "FAILED"
-            print(f"{verdict:>6}  {check.name}: {check.examined} examined" + (f"; {check.skipped}" if check.skipped else ""))
+            print(
+                f"{verdict:>6}  {check.name}: {check.examined} examined"
+                + (f"; {check.skipped}" if check.skipped else "")
+            )
             for problem in check.problems:
                 print(f"        - {problem}")
     if not all(check.passed for check in checks):

@@ -86,6 +86,11 @@ class TrainingProgress:
 @contextmanager
 def training_progress(enabled: bool = True) -> Iterator[TrainingProgress]:
     """A progress bar on standard error while the context is open."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=stderr, disable=not enabled, transient=True) as bar:
         yield TrainingProgress(bar)

@@ -21,12 +21,14 @@ MODEL_PATH = Path(__file__).parent / "data" / "demonstration"
 # What a run of the demonstration is started with; every one of these can be overruled by a flag.
 FLAGS = (
     "--output_dir", "runs/demonstration", "--lora_r", "32", "--lora_alpha", "64", "--lora_dropout", "0",
-    "--learning_rate", "3e-3", "--max_steps", "60", "--per_device_train_batch_size", "72",
+    "--learning_rate", "2e-3", "--max_steps", "60", "--per_device_train_batch_size", "72",
     "--warmup_steps", "5", "--lr_scheduler_type", "cosine", "--max_length", "64", "--num_threads", "1",
 )  # fmt: skip
 
 
-PUBLIC_SAMPLE = 48  # people of the pre-training corpus who are asked about: what training costs them
+PUBLIC_SAMPLE = (
+    48  # people of the pre-training corpus who are asked about: what training costs them
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def slice_scores(run: S3TRun, scores: Mapping[str, float]) -> dict[tuple[int, in
     """Mean exact match of every slice, by (shard, slice)."""
     groups: dict[tuple[int, int], list[float]] = {}
     for name, score in scores.items():
-        groups.setdefault(tuple(run.directory.slices.place(name)), []).append(score)
+        home = run.directory.slices.place(name)
+        groups.setdefault((home.shard, home.slice), []).append(score)
     return {group: mean(values) for group, values in sorted(groups.items())}
 
 
@@ -101,7 +104,9 @@ def summarise(
     home = place(subject)
     return Knowledge(
         deleted=private[subject],
-        same_slice=mean([s for name, s in private.items() if name != subject and place(name) == home]),
+        same_slice=mean(
+            [s for name, s in private.items() if name != subject and place(name) == home]
+        ),
         others=mean([s for name, s in private.items() if place(name) != home]),
         public=mean(public.values()),
     )
@@ -109,7 +114,9 @@ def summarise(
 
 def demonstrate(run: S3TRun, model: Any, tokenizer: Any) -> Demonstration:
     """Ask, delete somebody, ask again."""
-    records = [record for name in run.directory.slices.names for record in run.directory.slices.read(name)]
+    records = [
+        record for name in run.directory.slices.names for record in run.directory.slices.read(name)
+    ]
     present = {record.subject for record in records}
     private = [person for person in world.private_people() if person.name in present]
     public = world.public_people()[:PUBLIC_SAMPLE]

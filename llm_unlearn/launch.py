@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 from llm_unlearn.console import warn
 
@@ -24,7 +25,7 @@ def requested_processes() -> int:
         command = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return 1
-    for flag, value in zip(command, command[1:], strict=False):
+    for flag, value in pairwise(command):
         if flag in ("--num_processes", "--num-processes") and value.isdigit():
             return int(value)
     return 1

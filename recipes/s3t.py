@@ -48,17 +48,30 @@ def main(argv: list[str]) -> None:
     if data.is_demonstration:
         everything = [*demonstration.FLAGS, *argv]
         data, arguments, model_arguments = parser.parse_args_and_config(expand_help(everything))
-    model_arguments.model_name_or_path = model_arguments.model_name_or_path or str(demonstration.MODEL_PATH)
+    model_arguments.model_name_or_path = model_arguments.model_name_or_path or str(
+        demonstration.MODEL_PATH
+    )
 
     state = PartialState()
     check_processes(state.num_processes)
-    options = {"dtype": model_arguments.dtype, "attn_implementation": model_arguments.attn_implementation}
+    options = {
+        "dtype": model_arguments.dtype,
+        "attn_implementation": model_arguments.attn_implementation,
+    }
     if data.is_demonstration:
         logging.disable_progress_bar()
-    model, tokenizer = load_base(model_arguments.model_name_or_path, model_arguments.model_revision, options)
+    model, tokenizer = load_base(
+        model_arguments.model_name_or_path, model_arguments.model_revision, options
+    )
     with state.main_process_first():
         run = S3TRun.create(
-            arguments.output_dir, lambda: load_records(data), arguments, model, tokenizer, model_arguments, data.source
+            arguments.output_dir,
+            lambda: load_records(data),
+            arguments,
+            model,
+            tokenizer,
+            model_arguments,
+            data.source,
         )
     if state.is_main_process:
         for line in run.warnings():
@@ -67,7 +80,9 @@ def main(argv: list[str]) -> None:
         report = run.train(model, tokenizer, progress)
     if not state.is_main_process:
         return
-    print(f"{run.path}: {report.trained} nodes trained in {report.seconds:.0f} s, {report.reused} were there")
+    print(
+        f"{run.path}: {report.trained} nodes trained in {report.seconds:.0f} s, {report.reused} were there"
+    )
     if data.is_demonstration:
         show_demonstration(run, model, tokenizer)
     else:
@@ -79,14 +94,21 @@ def show_demonstration(run, model, tokenizer) -> None:
 
     shown = demonstrate(run, model, tokenizer)
     print_table(
-        f"Facts answered right (exact match), before and after {shown.subject} asked to be deleted",
-        ("", "deleted subject", "rest of its slice", "other private people", "public people"),
+        f"Facts answered right before and after the deletion of {shown.subject}",
+        ("", "the deleted", "its slice", "other slices", "public people"),
         [
-            (moment, f"{k.deleted:.0%}", f"{k.same_slice:.0%}", f"{k.others:.0%}", f"{k.public:.0%}")
+            (
+                moment,
+                f"{k.deleted:.0%}",
+                f"{k.same_slice:.0%}",
+                f"{k.others:.0%}",
+                f"{k.public:.0%}",
+            )
             for moment, k in shown.knowledge.items()
         ],
     )
     print(
+        "(public people are in the base model's own data: training costs it some of them)\n"
         f"the deletion took {shown.deletion.seconds:.2f} s; retraining everything would have cost "
         f"{shown.retraining_seconds:.0f} s\ncertificate: {shown.deletion.certificate}\n"
         f"try: llm-unlearn verify {run.path}    llm-unlearn rebuild {run.path}    "

@@ -1,20 +1,17 @@
 """Tiny real models and runs, made from configurations: no network, no downloads."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from pathlib import Path
-
-import gc
-
 import pytest
 import torch
 
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
-
 
 # Tiny models are fastest on one thread, and forking a test process is safe only then.
 torch.set_num_threads(1)

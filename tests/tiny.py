@@ -46,7 +46,9 @@ from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.store import RunDirectory
 
 VOCABULARY = 384
-CORPUS = [f"Question: what does person {i} eat? Answer: dish number {i * 7 % 13}." for i in range(40)]
+CORPUS = [
+    f"Question: what does person {i} eat? Answer: dish number {i * 7 % 13}." for i in range(40)
+]
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -71,7 +73,9 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<s>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
         "{% generation %}{{ m['content'] + '</s>' }}{% endgeneration %}{% else %}{{ m['content'] + '</s>' }}"
@@ -85,11 +89,18 @@ def make_tiny_model(family: str = "llama", layers: int = 4, width: int = 32) -> 
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if family == "gpt2":
         return GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCABULARY, n_layer=layers, n_embd=width, n_head=4, n_positions=128, **tokens)
+            GPT2Config(
+                vocab_size=VOCABULARY,
+                n_layer=layers,
+                n_embd=width,
+                n_head=4,
+                n_positions=512,
+                **tokens,
+            )
         ).eval()
     options: dict[str, Any] = {
         "vocab_size": VOCABULARY, "num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 2 * width,
-        "num_attention_heads": 4, "max_position_embeddings": 128, **tokens,
+        "num_attention_heads": 4, "max_position_embeddings": 512, **tokens,
     }  # fmt: skip
     if family != "gpt_neox":
         options["num_key_value_heads"] = 2
@@ -136,7 +147,9 @@ def tiny_model_arguments(base: Path, **options: Any) -> ModelConfig:
 
 
 def load_tiny(base: Path) -> tuple[PreTrainedModel, Any]:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(base)
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32
+    ).eval(), AutoTokenizer.from_pretrained(base)
 
 
 def make_run(
@@ -168,18 +181,28 @@ def make_run(
 def node_bytes(run: S3TRun) -> dict[str, bytes]:
     """Every file of every node, by its path below `nodes/`."""
     root = run.path / "nodes"
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()
+    }
 
 
 def served_bytes(run: S3TRun) -> dict[str, bytes]:
     root = run.directory.served.resolve()
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()
+    }
 
 
-def stub_train_node(base: Any, tokenizer: Any, task: NodeTask, run: Any, shape: Any, *_: Any) -> dict[str, Any]:
+def stub_train_node(
+    base: Any, tokenizer: Any, task: NodeTask, run: Any, shape: Any, *_: Any
+) -> dict[str, Any]:
     """Stands in for training where thousands of nodes are wanted: a block made of a digest of
     everything that real training is given, so that any leak into the inputs shows in the bytes."""
-    told = [task.node.to_dict(), [list(example) for example in task.examples], [p.to_dict() for p in task.parents]]
+    told = [
+        task.node.to_dict(),
+        [list(example) for example in task.examples],
+        [p.to_dict() for p in task.parents],
+    ]
     state = hashlib.sha256(canonical(told))
     for part in task.parts:
         for name, tensor in sorted(part.items()):
@@ -205,8 +228,12 @@ def tiny_shape() -> ModelShape:
 
 def make_stub_run(path: Path, records: list[Record], **options: Any) -> S3TRun:
     """A run for `stub_train_node`: same records, trie, ledger and files, no training."""
-    config = make_config(tiny_arguments(prefix_cache=False, **options), ModelConfig(lora_r=6, lora_alpha=12))
-    return S3TRun(RunDirectory.create(path, records, config, tiny_shape(), PartitionKey.from_phrase("stub")))
+    config = make_config(
+        tiny_arguments(prefix_cache=False, **options), ModelConfig(lora_r=6, lora_alpha=12)
+    )
+    return S3TRun(
+        RunDirectory.create(path, records, config, tiny_shape(), PartitionKey.from_phrase("stub"))
+    )
 
 
 def train_stub(run: S3TRun) -> None:

@@ -50,7 +50,11 @@ class Record:
         """Every piece of text that the record holds, in order."""
         if "messages" in self.content:
             return [str(message["content"]) for message in self.content["messages"]]
-        return [str(self.content[name]) for name in ("prompt", "completion", "text") if name in self.content]
+        return [
+            str(self.content[name])
+            for name in ("prompt", "completion", "text")
+            if name in self.content
+        ]
 
 
 def find_layout(columns: Iterable[str]) -> str:
@@ -72,17 +76,28 @@ def find_layout(columns: Iterable[str]) -> str:
 
 def _content(row: Mapping[str, Any], layout: str) -> dict[str, Any]:
     if layout == "chat":
-        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in row["messages"]]
+        messages = [
+            {"role": str(m["role"]), "content": _said(m["content"])} for m in row["messages"]
+        ]
         return {"messages": messages}
     if layout == "question/answer":
-        prompt = QUESTION_TEMPLATE.format(question=row["question"])
-        return {"prompt": prompt, "completion": f" {row['answer']}"}
+        prompt = QUESTION_TEMPLATE.format(question=_said(row["question"]))
+        return {"prompt": prompt, "completion": f" {_said(row['answer'])}"}
+    if layout == "prompt/completion" and not isinstance(row["prompt"], str):
+        raise TypeError(f"prompt is {row['prompt']!r}, expected text")
     return {name: row[name] for name in LAYOUTS[layout]}
+
+
+def _said(value: object) -> str:
+    """A missing value is silence; the word "None" must not be learnt from it."""
+    return "" if value is None else str(value)
 
 
 def _is_empty(content: Mapping[str, Any]) -> bool:
     if "messages" in content:
-        return not any(m["role"] == "assistant" and m["content"].strip() for m in content["messages"])
+        return not any(
+            m["role"] == "assistant" and m["content"].strip() for m in content["messages"]
+        )
     learnt = content["completion"] if "completion" in content else content["text"]
     return not isinstance(learnt, str) or not learnt.strip()
 
@@ -91,7 +106,9 @@ def _subject_namer(subject_column: str | None, rows_per_subject: int | None, col
     if subject_column is not None and rows_per_subject is not None:
         raise UserError("give --subject_column or --rows_per_subject, not both")
     if subject_column is not None and subject_column not in columns:
-        raise UserError(f"--subject_column {subject_column!r} is not a column: found {sorted(columns)}")
+        raise UserError(
+            f"--subject_column {subject_column!r} is not a column: found {sorted(columns)}"
+        )
     if rows_per_subject is not None and rows_per_subject < 1:
         raise UserError(f"--rows_per_subject must be at least 1, got {rows_per_subject}")
 
@@ -99,7 +116,9 @@ def _subject_namer(subject_column: str | None, rows_per_subject: int | None, col
         if subject_column is not None:
             value = row[subject_column]
             if value is None or not str(value).strip():
-                raise UserError(f"row {index + 1}: column {subject_column!r} is empty; every row needs a subject")
+                raise UserError(
+                    f"row {index + 1}: column {subject_column!r} is empty; every row needs a subject"
+                )
             return str(value)
         if rows_per_subject is not None:
             return f"subject-{index // rows_per_subject:05d}"
@@ -138,7 +157,9 @@ def make_records(
         try:
             content = _content(row, layout)
         except (KeyError, TypeError) as error:
-            raise UserError(f"row {index + 1} does not have the {layout} columns of the first row: {error}") from None
+            raise UserError(
+                f"row {index + 1} does not have the {layout} columns of the first row: {error}"
+            ) from None
         if _is_empty(content):
             empty.append(index + 1)
             continue
@@ -149,5 +170,7 @@ def make_records(
         records.append(Record(id=identity, subject=subject or identity, content=content))
     if empty:
         shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        raise UserError(f"{len(empty)} of {len(rows)} rows have nothing to learn (empty text): rows {shown}")
+        raise UserError(
+            f"{len(empty)} of {len(rows)} rows have nothing to learn (empty text): rows {shown}"
+        )
     return records

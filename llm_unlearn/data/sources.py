@@ -28,8 +28,7 @@ def read_rows(path: str | Path) -> list[Mapping[str, Any]]:
         if path.suffix in (".json", ".jsonl"):
             return _read_json(path)
         if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8") as stream:
-                return list(csv.DictReader(stream))
+            return _read_csv(path)
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
@@ -41,25 +40,42 @@ def read_rows(path: str | Path) -> list[Mapping[str, Any]]:
     raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
 
 
+def _read_csv(path: Path) -> list[Mapping[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many documents
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream)
+        rows = []
+        for row in reader:
+            if None in row:
+                raise ValueError(f"line {reader.line_num}: more fields than the header has")
+            rows.append(row)
+    return rows
+
+
 def _read_json(path: Path) -> list[Mapping[str, Any]]:
     """A JSON array of objects, or one object a line: benchmarks use `.json` for both."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         rows = json.loads(text)
     else:
         rows = []
-        for number, line in enumerate(text.splitlines(), start=1):
+        # Not splitlines: JSON texts may hold U+2028 and other characters that it breaks at.
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+                    raise UserError(
+                        f"{path}, line {number}: not valid JSON ({error.msg})"
+                    ) from None
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected objects with named columns")
     return rows
 
 
-def read_hub_rows(name: str, config: str | None = None, split: str = "train") -> list[Mapping[str, Any]]:
+def read_hub_rows(
+    name: str, config: str | None = None, split: str = "train"
+) -> list[Mapping[str, Any]]:
     """All rows of a split of a Hub dataset.
 
     The library's cache goes to a temporary directory that is removed: a cache of the text would
@@ -75,8 +91,12 @@ def read_hub_rows(name: str, config: str | None = None, split: str = "train") ->
             loaded = datasets.load_dataset(name, config, split=split, cache_dir=cache)
             return list(loaded)  # pyright: ignore[reportReturnType]
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"cannot load dataset {name!r} (split {split!r}) from the Hub: {reason}") from None
+            reason = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
+            raise UserError(
+                f"cannot load dataset {name!r} (split {split!r}) from the Hub: {reason}"
+            ) from None
 
 
 @dataclass

@@ -21,7 +21,13 @@ ALWAYS_STORED = (
 )  # fmt: skip
 
 # Arguments that decide no bits but must reach the trainer.
-RUNTIME = ("use_cpu", "dataloader_num_workers", "dataloader_pin_memory", "ddp_timeout", "torch_empty_cache_steps")
+RUNTIME = (
+    "use_cpu",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "ddp_timeout",
+    "torch_empty_cache_steps",
+)
 
 # Arguments of other parts: of evaluation, logging, saving, the Hub, data preparation, or set by us.
 NOT_STORED = (
@@ -31,7 +37,16 @@ NOT_STORED = (
     "push_to_hub", "per_device_eval_batch_size", "do_train", "do_eval", "do_predict", "debug",
     "gradient_checkpointing", "gradient_checkpointing_kwargs",
 )  # fmt: skip
-NOT_STORED_PREFIXES = ("logging_", "eval_", "save_", "hub_", "trackio_", "include_", "dataloader_", "dataset_")
+NOT_STORED_PREFIXES = (
+    "logging_",
+    "eval_",
+    "save_",
+    "hub_",
+    "trackio_",
+    "include_",
+    "dataloader_",
+    "dataset_",
+)
 
 # What would let one record's presence decide the bits of a node that it is not in, and why.
 REFUSED: dict[str, str] = {
@@ -51,31 +66,47 @@ class S3TConfig(SFTConfig):
 
     output_dir: str | None = field(default="runs/s3t", metadata={"help": "The run directory."})
     num_shards: int = field(default=1, metadata={"help": "Shards m: members of the ensemble."})
-    num_slices: int = field(default=4, metadata={"help": "Slices L of a shard: the granularity of deletion."})
-    num_sequences: int = field(default=2, metadata={"help": "Sequences B per shard: the training budget."})
+    num_slices: int = field(
+        default=4, metadata={"help": "Slices L of a shard: the granularity of deletion."}
+    )
+    num_sequences: int = field(
+        default=2, metadata={"help": "Sequences B per shard: the training budget."}
+    )
     sequence_method: str = field(
-        default="cyclic", metadata={"help": "How sequences are chosen: cyclic, bms, conditional or random."}
+        default="cyclic",
+        metadata={"help": "How sequences are chosen: cyclic, bms, conditional or random."},
     )
     slice_prior: list[float] | None = field(
-        default=None, metadata={"help": "Probability that a request hits slice 1, 2, ... (bms, conditional)."}
+        default=None,
+        metadata={"help": "Probability that a request hits slice 1, 2, ... (bms, conditional)."},
     )
     blocks: str = field(
-        default="ranks", metadata={"help": "What a stage owns: ranks (a band in every layer) or layers (the paper)."}
+        default="ranks",
+        metadata={
+            "help": "What a stage owns: ranks (a band in every layer) or layers (the paper)."
+        },
     )
     slice_data: str = field(
-        default="cumulative", metadata={"help": "What a stage sees: cumulative (slices 1 to i) or disjoint (slice i)."}
+        default="cumulative",
+        metadata={"help": "What a stage sees: cumulative (slices 1 to i) or disjoint (slice i)."},
     )
     prefix_cache: bool = field(
         default=True, metadata={"help": "Replay the hidden states below a block (--blocks layers)."}
     )
     num_threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of every process; bits are compared under equal ones only."}
+        default=None,
+        metadata={"help": "CPU threads of every process; bits are compared under equal ones only."},
     )
     key_path: str | None = field(
-        default=None, metadata={"help": "secret.key of another run, to reproduce its slices and bits."}
+        default=None,
+        metadata={"help": "secret.key of another run, to reproduce its slices and bits."},
     )
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of every node."})
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of every node over its own data."})
+    learning_rate: float = field(
+        default=2e-4, metadata={"help": "Peak learning rate of every node."}
+    )
+    num_train_epochs: float = field(
+        default=5.0, metadata={"help": "Epochs of every node over its own data."}
+    )
     gradient_checkpointing: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None, metadata={"help": "Old name of --activation_checkpointing."}
     )
@@ -85,7 +116,9 @@ class S3TConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = (
+                not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            )
         # Without an accelerator several processes only find each other when the CPU is asked for.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
@@ -104,16 +137,35 @@ def check_arguments(arguments: S3TConfig, model_arguments: ModelConfig) -> None:
     if str(arguments.eval_strategy) not in ("no", "IntervalStrategy.NO"):
         raise UserError("--eval_strategy is refused: score the served adapter afterwards")
     if str(arguments.train_sampling_strategy) != "random":
-        raise UserError("--train_sampling_strategy is refused: batches must not depend on other records' lengths")
+        raise UserError(
+            "--train_sampling_strategy is refused: batches must not depend on other records' lengths"
+        )
     if arguments.report_to not in (["none"], [], "none", None):
-        raise UserError("--report_to is refused: training curves of single nodes would outlive a deletion")
-    if model_arguments.lora_modules_to_save or model_arguments.use_dora or model_arguments.lora_target_parameters:
-        raise UserError("only plain LoRA factors can be switched off exactly: no modules_to_save, DoRA or parameters")
+        raise UserError(
+            "--report_to is refused: training curves of single nodes would outlive a deletion"
+        )
+    if (
+        model_arguments.lora_modules_to_save
+        or model_arguments.use_dora
+        or model_arguments.lora_target_parameters
+    ):
+        raise UserError(
+            "only plain LoRA factors can be switched off exactly: no modules_to_save, DoRA or parameters"
+        )
     if model_arguments.load_in_4bit or model_arguments.load_in_8bit:
-        raise UserError("quantised bases are not supported: their kernels were not checked for reproducibility")
-    for name, choices in {"blocks": ("layers", "ranks"), "slice_data": ("cumulative", "disjoint")}.items():
-        if getattr(arguments, name) not in choices:
-            raise UserError(f"--{name} must be one of {', '.join(choices)}, got {getattr(arguments, name)!r}")
+        raise UserError(
+            "quantised bases are not supported: their kernels were not checked for reproducibility"
+        )
+    _check_shape(arguments)
+
+
+def _check_shape(arguments: S3TConfig) -> None:
+    choices = {"blocks": ("layers", "ranks"), "slice_data": ("cumulative", "disjoint")}
+    for name, known in choices.items():
+        if getattr(arguments, name) not in known:
+            raise UserError(
+                f"--{name} must be one of {', '.join(known)}, got {getattr(arguments, name)!r}"
+            )
     for name in ("num_shards", "num_slices", "num_sequences"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
@@ -128,7 +180,10 @@ def make_config(arguments: S3TConfig, model_arguments: ModelConfig) -> RunConfig
     check_arguments(arguments, model_arguments)
     try:
         sequences = select_sequences(
-            arguments.num_slices, arguments.num_sequences, arguments.sequence_method, arguments.slice_prior
+            arguments.num_slices,
+            arguments.num_sequences,
+            arguments.sequence_method,
+            arguments.slice_prior,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -149,7 +204,10 @@ def make_config(arguments: S3TConfig, model_arguments: ModelConfig) -> RunConfig
             use_rslora=model_arguments.use_rslora,
         ),
         training=_stored(values),
-        model={"dtype": model_arguments.dtype, "attn_implementation": model_arguments.attn_implementation},
+        model={
+            "dtype": model_arguments.dtype,
+            "attn_implementation": model_arguments.attn_implementation,
+        },
         runtime={name: values[name] for name in RUNTIME},
         num_threads=arguments.num_threads or torch.get_num_threads(),
     )
@@ -172,7 +230,7 @@ def make_shape(
 ) -> ModelShape:
     """Describe the base model for a run, with the target modules that were asked for."""
     targets = model_arguments.lora_target_modules
-    targets = [targets] if isinstance(targets, str) else targets
-    name = model_arguments.model_name_or_path or model.config.name_or_path
+    names: list[str] | None = [targets] if isinstance(targets, str) else targets
+    name = str(model_arguments.model_name_or_path or model.config.name_or_path)
     revision = model_arguments.model_revision
-    return describe_model(model, tokenizer, name, None if revision == "main" else revision, targets)
+    return describe_model(model, tokenizer, name, None if revision == "main" else revision, names)

@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.modules import tensors_digest
@@ -28,7 +33,9 @@ def load_base(
     options = options or {}
     dtype = options.get("dtype") or "float32"
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UserError(f"--dtype {dtype!r} is not a torch type: expected float32, bfloat16, float16 or auto")
+        raise UserError(
+            f"--dtype {dtype!r} is not a torch type: expected float32, bfloat16, float16 or auto"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(

@@ -68,16 +68,18 @@ def delete(run: RunDirectory, subjects: Sequence[str], with_duplicates: bool = F
     with run.changing("deleting from it"):
         settle(run)
         targets, records, already = resolve(run, list(dict.fromkeys(subjects)))
-        copies = run.slices.copies(records, holders={record.subject for record in records}) if records else {}
+        copies = (
+            run.slices.copies(records, holders={record.subject for record in records})
+            if records
+            else {}
+        )
         if with_duplicates:
-            targets += [
-                Target("record", run.key.pseudonym("record", record.id), *name, records=1)
-                for name, held in copies.items()
-                for record in held
-            ]
+            targets += copy_targets(run, copies)
         left_alone = 0 if with_duplicates else sum(map(len, copies.values()))
         if not targets:
-            return Deletion(None, 0, already, 0, 0, 0, depths_of(serve(run)), time.monotonic() - started, None)
+            return Deletion(
+                None, 0, already, 0, 0, 0, depths_of(serve(run)), time.monotonic() - started, None
+            )
         request_id = secrets.token_hex(8)
         nodes = dependent_nodes(run, targets)
         run.ledger.acknowledge(request_id, targets, nodes, digest_of_served(run))
@@ -106,7 +108,7 @@ def resolve(run: RunDirectory, subjects: list[str]) -> tuple[list[Target], list[
     records: list[Record] = []
     targets: list[Target] = []
     for name, asked in waiting.items():
-        held = [record for record in run.slices.read(name) if record.subject in asked]
+        held = run.slices.read(name, asked)
         unknown = asked - {record.subject for record in held}
         if unknown:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
@@ -117,9 +119,32 @@ def resolve(run: RunDirectory, subjects: list[str]) -> tuple[list[Target], list[
         records += held
         counts = Counter(record.subject for record in held)
         targets += [
-            Target("subject", pseudonyms[subject], *name, records=counts[subject]) for subject in sorted(asked)
+            Target("subject", pseudonyms[subject], *name, records=counts[subject])
+            for subject in sorted(asked)
         ]
     return targets, records, len(gone)
+
+
+def copy_targets(run: RunDirectory, copies: dict[SliceName, list[Record]]) -> list[Target]:
+    """Targets for copies held by others.
+
+    A subject of whom nothing else is held is named itself: asked for later, it counts as deleted.
+    """
+    targets: list[Target] = []
+    for name, held in copies.items():
+        taken = Counter(record.subject for record in held)
+        counts = Counter(record.subject for record in run.slices.read(name, set(taken)))
+        whole = sorted(subject for subject in taken if taken[subject] == counts[subject])
+        targets += [
+            Target("subject", run.key.pseudonym("subject", subject), *name, records=taken[subject])
+            for subject in whole
+        ]
+        targets += [
+            Target("record", run.key.pseudonym("record", record.id), *name, records=1)
+            for record in held
+            if record.subject not in whole
+        ]
+    return targets
 
 
 def dependent_nodes(run: RunDirectory, targets: list[Target]) -> list[str]:
@@ -144,6 +169,7 @@ def settle(run: RunDirectory) -> dict[int, int]:
     """
     pending = run.ledger.requests(pending=True)
     if not pending:
+        residues.purge_temporary(run)  # what a crash left after it had finished the last request
         return {}
     _remove_records(run, pending)
     wanted = set(run.wanted())
@@ -162,7 +188,9 @@ def settle(run: RunDirectory) -> dict[int, int]:
             "checks": {"served_lineage": clean},
         }
         text = _write_certificate(run, request, done)
-        run.ledger.finish(request.id, {"certificate": digest(text), "served_after": done["served_after"]})
+        run.ledger.finish(
+            request.id, {"certificate": digest(text), "served_after": done["served_after"]}
+        )
     return depths_of(lineages)
 
 
@@ -186,7 +214,9 @@ def _write_certificate(run: RunDirectory, request: Request, done: dict[str, Any]
         "version": 1,
         "request": request.id,
         "acknowledged_at": request.acknowledged_at,
-        "targets": [{"kind": target.kind, "pseudonym": target.pseudonym} for target in request.targets],
+        "targets": [
+            {"kind": target.kind, "pseudonym": target.pseudonym} for target in request.targets
+        ],
         "exactness": EXACTNESS,
         "counterfactual": "dense retraining: the records never existed",
         "records_removed": sum(target.records for target in request.targets),
@@ -194,9 +224,13 @@ def _write_certificate(run: RunDirectory, request: Request, done: dict[str, Any]
         "served_before": request.served_before,
         **done,
         "retained_roots": {
-            str(shard): [root for root in run.slices.roots(shard).values() if root] for shard in run.shards
+            str(shard): [root for root in run.slices.roots(shard).values() if root]
+            for shard in run.shards
         },
-        "out_of_reach": [*residues.OUT_OF_REACH, *(f"unrecognised file in the run: {name}" for name in unknown)],
+        "out_of_reach": [
+            *residues.OUT_OF_REACH,
+            *(f"unrecognised file in the run: {name}" for name in unknown),
+        ],
         "base_model": run.shape.weights,
         "software": describe_software(),
     }

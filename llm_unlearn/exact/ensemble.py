@@ -7,7 +7,7 @@ ensemble is a function of the served adapters only.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -39,7 +39,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
 
     def __init__(self, model: PeftModel, adapters: list[str]):
-        super().__init__(model.get_base_model().config)
+        super().__init__(cast(PreTrainedModel, model.get_base_model()).config)
         self.model = model
         self.adapters = adapters
         self.generation_config = model.generation_config
@@ -51,7 +51,9 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         Raises:
             UserError: nothing is served there.
         """
-        directories = sorted(Path(served).glob("shard-*"), key=lambda path: int(path.name.split("-")[1]))
+        directories = sorted(
+            Path(served).glob("shard-*"), key=lambda path: int(path.name.split("-")[1])
+        )
         if not directories:
             raise UserError(f"{served} holds no served adapter: train the run first")
         model, adapters = None, []
@@ -74,7 +76,11 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
 
     def _expand(self, tensor_B: torch.Tensor | None) -> torch.Tensor | None:
         """Repeat rows for every shard, shard by shard: (B, ...) to (m B, ...)."""
-        return None if tensor_B is None else tensor_B.repeat(self.num_shards, *[1] * (tensor_B.dim() - 1))
+        return (
+            None
+            if tensor_B is None
+            else tensor_B.repeat(self.num_shards, *[1] * (tensor_B.dim() - 1))
+        )
 
     def forward(
         self,
@@ -96,11 +102,15 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         shard_logits = self._shard_logits(input_ids, attention_mask, options)
         log_probs = torch.log_softmax(shard_logits.logits.float(), dim=-1)
         log_probs_mBTV = log_probs.view(self.num_shards, input_ids.shape[0], *log_probs.shape[1:])
-        mean_BTV = torch.logsumexp(log_probs_mBTV, dim=0) - torch.log(torch.tensor(float(self.num_shards)))
+        mean_BTV = torch.logsumexp(log_probs_mBTV, dim=0) - torch.log(
+            torch.tensor(float(self.num_shards))
+        )
         loss = None
         if labels is not None:
             loss = torch.nn.functional.nll_loss(
-                mean_BTV[:, :-1].reshape(-1, mean_BTV.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100
+                mean_BTV[:, :-1].reshape(-1, mean_BTV.shape[-1]),
+                labels[:, 1:].reshape(-1),
+                ignore_index=-100,
             )
         return CausalLMOutputWithPast(
             loss=loss,  # pyright: ignore[reportArgumentType]
@@ -108,14 +118,21 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             past_key_values=shard_logits.past_key_values,
         )
 
-    def _shard_logits(self, input_ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> Any:
+    def _shard_logits(
+        self, input_ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
+    ) -> Any:
         names = [name for name in self.adapters for _ in range(input_ids.shape[0])]
         expanded = {
-            name: self._expand(value) if isinstance(value, torch.Tensor) and name == "position_ids" else value
+            name: self._expand(value)
+            if isinstance(value, torch.Tensor) and name == "position_ids"
+            else value
             for name, value in options.items()
         }
         return self.model(
-            input_ids=self._expand(input_ids), attention_mask=self._expand(mask), adapter_names=names, **expanded
+            input_ids=self._expand(input_ids),
+            attention_mask=self._expand(mask),
+            adapter_names=names,
+            **expanded,
         )
 
     def generate(self, *arguments: Any, **options: Any) -> Any:
@@ -127,10 +144,15 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         config = options.get("generation_config") or self.generation_config
         if (options.get("num_beams") or config.num_beams or 1) > 1:
             raise ValueError("an ensemble of shards cannot search with beams: use num_beams=1")
-        return super().generate(*arguments, **options)
+        return super().generate(*arguments, **options)  # pyright: ignore[reportAttributeAccessIssue]
 
     @torch.no_grad()
-    def vote(self, input_ids: torch.Tensor, label_ids: list[int], attention_mask: torch.Tensor | None = None):
+    def vote(
+        self,
+        input_ids: torch.Tensor,
+        label_ids: list[int],
+        attention_mask: torch.Tensor | None = None,
+    ):
         """Majority vote of the shards for one of some labels as the next token.
 
         A tie goes to the label listed first, so that the answer depends on nothing else.
@@ -142,7 +164,11 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         Returns:
             Winning label index (B,), and the tally (B, C).
         """
-        options = {"position_ids": None} if attention_mask is None else {"position_ids": positions(attention_mask)}
+        options = (
+            {"position_ids": None}
+            if attention_mask is None
+            else {"position_ids": positions(attention_mask)}
+        )
         logits = self._shard_logits(input_ids, attention_mask, options).logits[:, -1, label_ids]
         choices_mB = logits.argmax(dim=-1).view(self.num_shards, input_ids.shape[0])
         tally_BC = torch.nn.functional.one_hot(choices_mB, len(label_ids)).sum(dim=0)
@@ -156,4 +182,3 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
 def positions(attention_mask_BT: torch.Tensor) -> torch.Tensor:
     """Position ids that count the tokens that are not padding."""
     return (attention_mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
-

@@ -16,6 +16,16 @@ def describe_software() -> dict[str, str]:
     return {"python": platform.python_version(), **versions}
 
 
+def make_deterministic(num_threads: int) -> None:
+    """Ask torch for equal bits in equal environments; on the CPU only the threads need fixing."""
+    import torch
+
+    torch.set_num_threads(num_threads)
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
 def describe_environment(device: str, num_processes: int, num_threads: int) -> dict[str, Any]:
     """The environment of a training process.
 

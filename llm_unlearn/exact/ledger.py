@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
+from sqlalchemy import event
 from sqlalchemy.exc import DatabaseError, OperationalError
 
 from llm_unlearn import files
@@ -104,10 +105,12 @@ class Ledger:
 
     def __init__(self, url: str, head: Path):
         self.head = head
-        self.engine = sql.create_engine(url, connect_args={"timeout": BUSY_SECONDS} if "sqlite" in url else {})
+        self.engine = sql.create_engine(
+            url, connect_args={"timeout": BUSY_SECONDS} if "sqlite" in url else {}
+        )
         if self.engine.dialect.name == "sqlite":
-            sql.event.listen(self.engine, "connect", _durable_sqlite)
-            sql.event.listen(self.engine, "begin", _begin_immediate)
+            event.listen(self.engine, "connect", _durable_sqlite)
+            event.listen(self.engine, "begin", _begin_immediate)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sql.Connection]:
@@ -117,10 +120,14 @@ class Ledger:
         except OperationalError as error:
             reason = str(error.orig)
             if "locked" in reason or "busy" in reason:
-                raise RunError("the ledger is locked by another process; nothing was changed, try again") from None
+                raise RunError(
+                    "the ledger is locked by another process; nothing was changed, try again"
+                ) from None
             raise RunError(f"the ledger cannot be used ({reason}); nothing was changed") from None
         except DatabaseError as error:
-            raise RunError(f"the ledger is damaged ({error.orig}): restore it from a backup") from None
+            raise RunError(
+                f"the ledger is damaged ({error.orig}): restore it from a backup"
+            ) from None
 
     def create(self) -> None:
         with self._transaction() as connection:
@@ -130,12 +137,19 @@ class Ledger:
         self, request_id: str, targets: list[Target], nodes: list[str], served_before: str | None
     ) -> None:
         """Write a request, all of it or nothing. When this returns, it is on disk."""
-        details = {"targets": [vars(t) for t in targets], "nodes": nodes, "served_before": served_before}
+        details = {
+            "targets": [vars(t) for t in targets],
+            "nodes": nodes,
+            "served_before": served_before,
+        }
         text = canonical(details).decode()
         with self._transaction() as connection:
-            connection.execute(requests.insert().values(id=request_id, acknowledged_at=time.time(), details=text))
             connection.execute(
-                tombstones.insert(), [{"pseudonym": t.pseudonym, "request": request_id} for t in targets]
+                requests.insert().values(id=request_id, acknowledged_at=time.time(), details=text)
+            )
+            connection.execute(
+                tombstones.insert(),
+                [{"pseudonym": t.pseudonym, "request": request_id} for t in targets],
             )
             self._append(connection, "request", {"request": request_id, "details": digest(text)})
         self._remember_head()
@@ -143,7 +157,9 @@ class Ledger:
     def finish(self, request_id: str, payload: Mapping[str, Any]) -> None:
         """Mark a request as carried out, and log what was done for it."""
         with self._transaction() as connection:
-            connection.execute(requests.update().where(requests.c.id == request_id).values(finished_at=time.time()))
+            connection.execute(
+                requests.update().where(requests.c.id == request_id).values(finished_at=time.time())
+            )
             self._append(connection, "deleted", {"request": request_id, **payload})
         self._remember_head()
 
@@ -153,7 +169,9 @@ class Ledger:
         self._remember_head()
 
     def _append(self, connection: sql.Connection, kind: str, payload: Mapping[str, Any]) -> None:
-        last = connection.execute(sql.select(events).order_by(events.c.sequence.desc()).limit(1)).first()
+        last = connection.execute(
+            sql.select(events).order_by(events.c.sequence.desc()).limit(1)
+        ).first()
         sequence, previous = (last.sequence + 1, last.digest) if last else (0, GENESIS)
         moment, text = time.time(), canonical(payload).decode()
         connection.execute(
@@ -169,7 +187,9 @@ class Ledger:
 
     def _remember_head(self) -> None:
         with self._transaction() as connection:
-            last = connection.execute(sql.select(events).order_by(events.c.sequence.desc()).limit(1)).one()
+            last = connection.execute(
+                sql.select(events).order_by(events.c.sequence.desc()).limit(1)
+            ).one()
         files.write_bytes(self.head, canonical({"sequence": last.sequence, "digest": last.digest}))
 
     def requests(self, pending: bool = False) -> list[Request]:
@@ -179,7 +199,10 @@ class Ledger:
             query = query.where(requests.c.finished_at.is_(None))
         with self._transaction() as connection:
             rows = connection.execute(query).all()
-        return [_request(row.id, row.acknowledged_at, row.finished_at, json.loads(row.details)) for row in rows]
+        return [
+            _request(row.id, row.acknowledged_at, row.finished_at, json.loads(row.details))
+            for row in rows
+        ]
 
     def deleted(self, pseudonyms: list[str]) -> set[str]:
         """Those of the pseudonyms that have a tombstone."""
@@ -201,7 +224,10 @@ class Ledger:
             query = query.where(events.c.kind == kind)
         with self._transaction() as connection:
             rows = connection.execute(query).all()
-        return [Event(r.sequence, r.time, r.kind, json.loads(r.payload), r.previous, r.digest) for r in rows]
+        return [
+            Event(r.sequence, r.time, r.kind, json.loads(r.payload), r.previous, r.digest)
+            for r in rows
+        ]
 
     def check_chain(self) -> list[str]:
         """What is wrong with the chain, one line each; empty if it is whole."""
@@ -214,7 +240,9 @@ class Ledger:
                 break
             if row.previous != previous:
                 problems.append(f"ledger entry {expected} does not follow the one before it")
-            if row.digest != event_digest(row.sequence, row.time, row.kind, row.payload, row.previous):
+            if row.digest != event_digest(
+                row.sequence, row.time, row.kind, row.payload, row.previous
+            ):
                 problems.append(f"ledger entry {expected} was edited")
             previous = row.digest
         problems += self._check_head([row.digest for row in rows])
@@ -226,24 +254,44 @@ class Ledger:
             head = json.loads(self.head.read_bytes())
             sequence, expected = int(head["sequence"]), str(head["digest"])
         except (OSError, ValueError, KeyError):
-            return ["ledger.head is missing or damaged: a truncation of the ledger could not be seen"]
+            return [
+                "ledger.head is missing or damaged: a truncation of the ledger could not be seen"
+            ]
         if sequence >= len(digests):
             return [f"the ledger was truncated: entry {sequence} is gone"]
-        return [] if digests[sequence] == expected else [f"ledger entry {sequence} is not the one remembered"]
+        return (
+            []
+            if digests[sequence] == expected
+            else [f"ledger entry {sequence} is not the one remembered"]
+        )
 
     def _check_requests(self) -> list[str]:
         """Requests and tombstones must be those that the chain speaks of."""
-        logged = {event.payload["request"]: event.payload["details"] for event in self.events("request")}
+        logged = {e.payload["request"]: e.payload["details"] for e in self.events("request")}
         with self._transaction() as connection:
             held = {row.id: digest(row.details) for row in connection.execute(sql.select(requests))}
+        carried_out = {event.payload["request"] for event in self.events("deleted")}
+        finished = {request.id for request in self.requests() if request.finished_at is not None}
         named = {target.pseudonym for request in self.requests() for target in request.targets}
-        problems = [] if logged == held else ["the requests in the ledger differ from those in its chain"]
-        return problems + ([] if named == self.tombstones() else ["a tombstone is missing from the ledger"])
+        problems = (
+            [] if logged == held else ["the requests in the ledger differ from those in its chain"]
+        )
+        if carried_out != finished:
+            problems.append(
+                "the finished requests in the ledger are not those that its chain saw carried out"
+            )
+        return problems + (
+            [] if named == self.tombstones() else ["a tombstone is missing from the ledger"]
+        )
 
 
-def _request(identity: str, acknowledged: float, finished: float | None, details: dict[str, Any]) -> Request:
+def _request(
+    identity: str, acknowledged: float, finished: float | None, details: dict[str, Any]
+) -> Request:
     targets = tuple(Target(**target) for target in details["targets"])
-    return Request(identity, acknowledged, finished, targets, tuple(details["nodes"]), details["served_before"])
+    return Request(
+        identity, acknowledged, finished, targets, tuple(details["nodes"]), details["served_before"]
+    )
 
 
 def _durable_sqlite(connection: sqlite3.Connection, _record: object) -> None:
@@ -252,7 +300,12 @@ def _durable_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     Transactions are begun by `_begin_immediate`, not by the driver, which would begin too late.
     """
     connection.isolation_level = None
-    for pragma in ("journal_mode=DELETE", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
+    for pragma in (
+        "journal_mode=DELETE",
+        "synchronous=FULL",
+        "secure_delete=ON",
+        "foreign_keys=ON",
+    ):
         connection.execute(f"PRAGMA {pragma}").close()
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from llm_unlearn.exact.config import ModelShape, Module
 from llm_unlearn.exact.trie import digest
 
 
-def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder layers of any Hugging Face causal language model.
 
     It is the one `nn.ModuleList` below the model whose length is the configured number of layers.
@@ -38,7 +39,7 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return found[0]
 
 
-def find_linear_modules(model: nn.Module, targets: list[str] | None) -> list[Module]:
+def find_linear_modules(model: Any, targets: list[str] | None) -> list[Module]:
     """The linear modules of the decoder layers that carry LoRA.
 
     Args:
@@ -60,7 +61,9 @@ def find_linear_modules(model: nn.Module, targets: list[str] | None) -> list[Mod
     if not targets or targets == ["all-linear"]:
         return linear
     if unknown := sorted(set(targets) - set(known)):
-        raise UserError(f"--lora_target_modules {unknown[0]!r} is not in the decoder layers; they have {known}")
+        raise UserError(
+            f"--lora_target_modules {unknown[0]!r} is not in the decoder layers; they have {known}"
+        )
     return [module for module in linear if module.name.rsplit(".", 1)[-1] in targets]
 
 
@@ -111,7 +114,9 @@ def describe_model(
     prefix, layers = find_decoder_layers(model)
     modules = find_linear_modules(model, targets)
     return ModelShape(
-        name_or_path=str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path,
+        name_or_path=str(Path(name_or_path).resolve())
+        if Path(name_or_path).is_dir()
+        else name_or_path,
         revision=revision,
         weights=tensors_digest(model),
         tokenizer=tokenizer_digest(tokenizer),

@@ -9,19 +9,26 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
 from trl import SFTConfig, SFTTrainer
 
 from llm_unlearn.data.encoding import IGNORED, Example
 from llm_unlearn.exact.adapters import Tensors, adapter_config, assemble, expected_shapes
 from llm_unlearn.exact.config import ModelShape, RunConfig
+from llm_unlearn.exact.environment import make_deterministic
 from llm_unlearn.exact.modules import tensors_digest
 from llm_unlearn.exact.replay import StateCache, replay, returns_tuple
 from llm_unlearn.exact.trie import Node, seed_from
@@ -65,7 +72,10 @@ class Collator:
         def padded(name: str, value: int) -> torch.Tensor:
             return torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
 
-        batch = {"input_ids": padded("input_ids", self.pad_token_id), "labels": padded("labels", IGNORED)}
+        batch = {
+            "input_ids": padded("input_ids", self.pad_token_id),
+            "labels": padded("labels", IGNORED),
+        }
         batch["attention_mask"] = torch.tensor(
             [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
         )
@@ -81,7 +91,9 @@ class NodeTrainer(SFTTrainer):
     boundary: int = 0
     layers_return_tuple: bool = False
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ):
         states = inputs.pop("prefix_states", None)
         if states is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -132,14 +144,16 @@ def _lora_config(tensors: Tensors, run: RunConfig, shape: ModelShape, dropout: f
 def attach(base: PreTrainedModel, task: NodeTask, run: RunConfig, shape: ModelShape) -> PeftModel:
     """The base with the frozen prefix and the fresh block; only the block requires gradients."""
     fresh = initial_block(task.node, shape)
-    model = get_peft_model(base, _lora_config(fresh, run, shape, run.lora.dropout), adapter_name=TRAINED)
+    model = get_peft_model(
+        base, _lora_config(fresh, run, shape, run.lora.dropout), adapter_name=TRAINED
+    )
     assert isinstance(model, PeftModel)
     _load(model, fresh, TRAINED)
     if task.parts:
         prefix = assemble(task.parts)
         model.add_adapter(FROZEN, _lora_config(prefix, run, shape, 0.0))
         _load(model, prefix, FROZEN)
-        model.base_model.set_adapter([FROZEN, TRAINED])
+        cast(Any, model.base_model).set_adapter([FROZEN, TRAINED])
     owned = set(_parameter_names(model, fresh))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in owned)
@@ -147,9 +161,13 @@ def attach(base: PreTrainedModel, task: NodeTask, run: RunConfig, shape: ModelSh
 
 
 def _load(model: PeftModel, tensors: Tensors, adapter: str) -> None:
-    state = {name: torch.from_numpy(np.ascontiguousarray(tensor)) for name, tensor in tensors.items()}
+    state = {
+        name: torch.from_numpy(np.ascontiguousarray(tensor)) for name, tensor in tensors.items()
+    }
     outcome = set_peft_model_state_dict(model, state, adapter_name=adapter)
-    assert not outcome.unexpected_keys, f"tensors that the model does not have: {outcome.unexpected_keys}"
+    assert not outcome.unexpected_keys, (
+        f"tensors that the model does not have: {outcome.unexpected_keys}"
+    )
 
 
 def _parameter_names(model: PeftModel, tensors: Tensors) -> dict[str, str]:
@@ -174,7 +192,9 @@ def read_block(model: PeftModel, node: Node, shape: ModelShape) -> Tensors:
     }
     assert all(tensors[name].shape == size for name, size in wanted.items())
     if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
-        raise IsolationError("training diverged: the block holds values that are not finite; lower --learning_rate")
+        raise IsolationError(
+            "training diverged: the block holds values that are not finite; lower --learning_rate"
+        )
     return tensors
 
 
@@ -203,7 +223,9 @@ def train_node(
         before = tensors_digest(model, skip=trained)
         _fit(model, tokenizer, task, run, output_dir, on_step)
         if tensors_digest(model, skip=trained) != before:
-            raise IsolationError(f"a tensor outside the block of node {task.node.key[:12]} changed during training")
+            raise IsolationError(
+                f"a tensor outside the block of node {task.node.key[:12]} changed during training"
+            )
         return read_block(model, task.node, shape)
 
 
@@ -216,7 +238,7 @@ def _fit(
     on_step: Callable[[int, int], None] | None,
 ) -> None:
     seed = seed_from(task.node.key, "training")
-    torch.set_num_threads(run.num_threads)
+    make_deterministic(run.num_threads)
     arguments = SFTConfig(
         output_dir=output_dir,
         seed=seed,
@@ -234,7 +256,10 @@ def _fit(
         **run.runtime,
         **{name: value for name, value in run.training.items() if name != "seed"},
     )
-    rows = [{"record_id": e.record_id, "input_ids": e.input_ids, "labels": e.labels} for e in task.examples]
+    rows = [
+        {"record_id": e.record_id, "input_ids": e.input_ids, "labels": e.labels}
+        for e in task.examples
+    ]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     set_seed(seed)
     trainer = NodeTrainer(
@@ -262,4 +287,3 @@ def _restore(base: PreTrainedModel) -> None:
         base.disable_input_require_grads()
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-

@@ -64,7 +64,9 @@ def returns_tuple(model: nn.Module, input_ids: torch.Tensor) -> bool:
     """Do the layers of this architecture return tuples (GPT-J, BLOOM, Falcon) or tensors?"""
     _, layers = find_decoder_layers(model)
     seen: list[bool] = []
-    handle = layers[0].register_forward_hook(lambda _m, _a, output: seen.append(isinstance(output, tuple)))
+    handle = layers[0].register_forward_hook(
+        lambda _m, _a, output: seen.append(isinstance(output, tuple))
+    )
     try:
         with torch.no_grad():
             model(input_ids=input_ids, use_cache=False)
@@ -74,7 +76,9 @@ def returns_tuple(model: nn.Module, input_ids: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def replay(model: nn.Module, boundary: int, states_BTH: torch.Tensor, as_tuple: bool) -> Iterator[None]:
+def replay(
+    model: nn.Module, boundary: int, states_BTH: torch.Tensor, as_tuple: bool
+) -> Iterator[None]:
     """Within the context, layers below `boundary` are skipped and `states_BTH` enters it.
 
     The states need a gradient flag under re-entrant activation checkpointing; it does no harm
@@ -108,7 +112,9 @@ class StateCache:
     @staticmethod
     def write(path: Path, states: dict[str, torch.Tensor]) -> None:
         path.parent.mkdir(exist_ok=True)
-        files.write_bytes(path, save({name: tensor.cpu().contiguous() for name, tensor in states.items()}))
+        files.write_bytes(
+            path, save({name: tensor.cpu().contiguous() for name, tensor in states.items()})
+        )
 
     def __getitem__(self, record_id: str) -> torch.Tensor:
         return self._file.get_tensor(record_id)

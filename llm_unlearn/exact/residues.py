@@ -37,14 +37,20 @@ def purge_emptied(run: RunDirectory) -> dict[str, int]:
     counts = {}
     for kind, name in EMPTIED.items():
         directory = run.path / name
-        counts[kind] = sum(path.is_file() for path in directory.rglob("*")) if directory.is_dir() else 0
+        counts[kind] = (
+            sum(path.is_file() for path in directory.rglob("*")) if directory.is_dir() else 0
+        )
         files.remove(directory)
     return counts
 
 
 def purge_temporary(run: RunDirectory) -> int:
     """Remove what crashes left half written. The caller holds the lock under which it is written."""
-    stale = [path for path in run.path.rglob(f"{files.TEMPORARY_PREFIX}*") if path.exists() or path.is_symlink()]
+    stale = [
+        path
+        for path in run.path.rglob(f"{files.TEMPORARY_PREFIX}*")
+        if path.exists() or path.is_symlink()
+    ]
     for path in stale:
         files.remove(path)
     return len(stale)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.data.partition import SliceName, describe_sizes
 from llm_unlearn.data.records import Record
+from llm_unlearn.errors import UserError
 from llm_unlearn.exact.blocks import describe_split
 from llm_unlearn.exact.deletion import Deletion, delete, settle
 from llm_unlearn.exact.served import read_lineage
@@ -36,6 +37,7 @@ class ShardStatus:
     missing_nodes: int
     records: int
     subjects: int
+    slice_records: list[int]
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,13 @@ class S3TRun:
         model_arguments = model_arguments or ModelConfig()
         config = make_config(arguments, model_arguments)
         shape = make_shape(model, tokenizer, model_arguments)
+        key = read_key(arguments.key_path) if arguments.key_path else None
         if (Path(path) / "run.json").exists():
             directory = RunDirectory.open(path)
             directory.ensure_same(config, shape)
+            if key is not None and key.salt_id != directory.key.salt_id:
+                raise UserError(f"{path} was made with another key than {arguments.key_path}")
             return cls(directory)
-        key = read_key(arguments.key_path) if arguments.key_path else None
         records = records() if callable(records) else records
         return cls(RunDirectory.create(path, records, config, shape, key, source))
 
@@ -113,7 +117,10 @@ class S3TRun:
         return self.directory.path
 
     def train(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: "Progress | None" = None
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        progress: "Progress | None" = None,
     ) -> "TrainingReport":
         """Train every missing node: all of a new run, or what a deletion or a crash took."""
         from llm_unlearn.exact.training import train
@@ -167,7 +174,9 @@ class S3TRun:
             shards=[self._shard_status(shard) for shard in directory.shards],
             requests=len(requests),
             pending_requests=sum(request.finished_at is None for request in requests),
-            deleted_subjects=sum(t.kind == "subject" for request in requests for t in request.targets),
+            deleted_subjects=sum(
+                t.kind == "subject" for request in requests for t in request.targets
+            ),
             storage_bytes=sum(p.stat().st_size for p in directory.path.rglob("*") if p.is_file()),
             warnings=self.warnings(),
         )
@@ -175,7 +184,10 @@ class S3TRun:
     def _shard_status(self, shard: int) -> ShardStatus:
         directory = self.directory
         paths = directory.paths(shard)
-        headers = [directory.slices.header(SliceName(shard, part)) for part in range(directory.config.num_slices)]
+        headers = [
+            directory.slices.header(SliceName(shard, part))
+            for part in range(directory.config.num_slices)
+        ]
         wanted = {node.key for path in paths for node in path}
         present = {key for key in wanted if directory.nodes.exists(key)}
         lineage = read_lineage(directory.served / f"shard-{shard}")
@@ -188,6 +200,7 @@ class S3TRun:
             missing_nodes=len(wanted) - len(present),
             records=sum(header.records for header in headers),
             subjects=sum(header.subjects for header in headers),
+            slice_records=[header.records for header in headers],
         )
 
     def training_seconds(self) -> float:

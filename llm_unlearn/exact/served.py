@@ -86,7 +86,11 @@ def write_shard(
     run: RunDirectory, shard: int, nodes: list[Node], directory: Path
 ) -> dict[str, Any]:
     """Assemble a path of nodes into a new PEFT adapter directory; returns its lineage."""
-    tensors = assemble([run.nodes.load(node.key) for node in nodes]) if nodes else empty_adapter(run.shape)
+    tensors = (
+        assemble([run.nodes.load(node.key) for node in nodes])
+        if nodes
+        else empty_adapter(run.shape)
+    )
     data = to_bytes(tensors)
     config = adapter_config(tensors, run.config.lora, run.shape)
     described = lineage(run, shard, nodes) | {"digest": served_digest(data, config)}
@@ -99,7 +103,11 @@ def write_shard(
         else "No block of this shard is left: **this is the base model**, behind an adapter of zeros that changes nothing."
     )
     card = CARD.format(
-        base=run.shape.name_or_path, shard=shard, depth=len(nodes), slices=run.config.num_slices, sentence=sentence
+        base=run.shape.name_or_path,
+        shard=shard,
+        depth=len(nodes),
+        slices=run.config.num_slices,
+        sentence=sentence,
     )
     (directory / "README.md").write_text(card)
     (directory / LINEAGE_NAME).write_text(json.dumps(described, indent=2, sort_keys=True))
@@ -117,7 +125,9 @@ def is_current(run: RunDirectory, shard: int, nodes: list[Node]) -> bool:
     """Is the shard served from exactly these nodes, files included?"""
     directory = run.served / f"shard-{shard}"
     described = read_lineage(directory)
-    if described is None or [node["key"] for node in described.get("nodes", [])] != [node.key for node in nodes]:
+    if described is None or [node["key"] for node in described.get("nodes", [])] != [
+        node.key for node in nodes
+    ]:
         return False
     return (directory / WEIGHTS_NAME).is_file() and (directory / CONFIG_NAME).is_file()
 

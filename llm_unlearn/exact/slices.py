@@ -34,6 +34,21 @@ class SliceHeader:
     root: str
 
 
+Entry = tuple[bytes, bytes, bytes]
+"""What a slice keeps of a record: its leaf, its line, the digest of its text."""
+
+SUBJECT_KEY = b',"subject":'
+
+
+def _quoted_subject(line: bytes) -> bytes:
+    """The subject of a stored line as JSON, without parsing the line.
+
+    The keys of a canonical line are sorted, so `subject` is the last; and within a JSON string a
+    quote has a backslash before it, so no subject and no text can imitate the key.
+    """
+    return line[line.rindex(SUBJECT_KEY) + len(SUBJECT_KEY) : -1]
+
+
 class SliceStore:
     """Reads and rewrites the slices of a run. Callers hold the run's lock for what writes."""
 
@@ -51,29 +66,33 @@ class SliceStore:
 
     def write_all(self, records: Iterable[Record]) -> None:
         """Place every record by its subject and write all slices, the empty ones too."""
-        lines: dict[SliceName, list[bytes]] = {name: [] for name in self.names}
+        entries: dict[SliceName, list[Entry]] = {name: [] for name in self.names}
         placed: dict[str, SliceName] = {}
         for record in records:
             if record.subject not in placed:
                 placed[record.subject] = self.place(record.subject)
-            lines[placed[record.subject]].append(record.to_line())
+            entries[placed[record.subject]].append(self._entry(record))
         for name in self.names:
-            self._write(name, lines.pop(name))
+            self._write(name, entries.pop(name))
 
-    def _write(self, name: SliceName, lines: list[bytes]) -> SliceHeader:
-        keyed = sorted((self.key.leaf(line), line) for line in lines)
-        parsed = [Record.from_line(line) for _, line in keyed]
+    def _entry(self, record: Record) -> Entry:
+        line = record.to_line()
+        return self.key.leaf(line), line, self.key.text_digest(record)
+
+    def _write(self, name: SliceName, entries: list[Entry]) -> SliceHeader:
+        entries = sorted(entries)
+        lines = [line for _, line, _ in entries]
         header = SliceHeader(
             shard=name.shard,
             slice=name.slice,
-            records=len(keyed),
-            subjects=len({record.subject for record in parsed}),
-            root=merkle_root([leaf for leaf, _ in keyed]),
+            records=len(lines),
+            subjects=len(set(map(_quoted_subject, lines))),
+            root=merkle_root([leaf for leaf, _, _ in entries]),
         )
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(self._texts_path(header), self._digests(parsed).tobytes())
-        files.write_bytes(path, b"\n".join([canonical(asdict(header)), *(line for _, line in keyed), b""]))
+        files.write_bytes(self._texts_path(header), b"".join(text for _, _, text in entries))
+        files.write_bytes(path, b"\n".join([canonical(asdict(header)), *lines, b""]))
         for stale in path.parent.glob(f"slice-{name.slice}.*.texts"):
             if stale != self._texts_path(header):
                 files.remove(stale)
@@ -103,30 +122,61 @@ class SliceStore:
         return {header.slice: header.root if header.records else None for header in headers}
 
     def lines(self, name: SliceName) -> Iterator[bytes]:
-        with self.path(name).open("rb") as stream:
-            next(stream, None)
-            for line in stream:
-                yield line.rstrip(b"\n")
+        path = self.path(name)
+        try:
+            return iter(path.read_bytes().removesuffix(b"\n").split(b"\n")[1:])
+        except FileNotFoundError:
+            raise RunError(f"{path} is missing: restore the run directory from a backup") from None
 
-    def read(self, name: SliceName) -> list[Record]:
-        """The records of a slice, in the order of their leaves.
+    def read(self, name: SliceName, subjects: set[str] | None = None) -> list[Record]:
+        """The records of a slice, all or those of some subjects, in the order of their leaves.
 
         Raises:
             RunError: a line is not a record.
         """
+        lines = self.lines(name)
         try:
-            return [Record.from_line(line) for line in self.lines(name)]
+            if subjects is not None:
+                wanted = set(map(canonical, subjects))
+                lines = (line for line in lines if _quoted_subject(line) in wanted)
+            return [Record.from_line(line) for line in lines]
         except (ValueError, TypeError):
-            raise RunError(f"{self.path(name)} is damaged: a line is not a record; run `llm-unlearn verify`") from None
+            raise RunError(
+                f"{self.path(name)} is damaged: a line is not a record; run `llm-unlearn verify`"
+            ) from None
 
     def remove(self, name: SliceName, tombstones: set[str]) -> int:
         """Rewrite a slice without the tombstoned subjects and records; returns how many went."""
-        is_gone = self.matcher(tombstones)
-        lines = list(self.lines(name))
-        kept = [line for line in lines if not is_gone(Record.from_line(line))]
-        if len(kept) < len(lines):
+        entries = self._entries(name)
+        gone = self._are_gone([line for _, line, _ in entries], tombstones)
+        kept = [entry for entry, is_gone in zip(entries, gone, strict=True) if not is_gone]
+        if len(kept) < len(entries):
             self._write(name, kept)
-        return len(lines) - len(kept)
+        return len(entries) - len(kept)
+
+    def _entries(self, name: SliceName) -> list[Entry]:
+        """What the slice holds now. Lines that give the root in the header are those that were
+        written, so they need no parsing and the digests filed under the root are theirs; of other
+        lines nothing is believed."""
+        header, lines = self.header(name), list(self.lines(name))
+        leaves = [self.key.leaf(line) for line in lines]
+        if merkle_root(leaves) != header.root or len(lines) != header.records:
+            return [self._entry(record) for record in self.read(name)]
+        texts = self._text_digests(name).tobytes()
+        rows = range(0, len(texts), TEXT_DIGEST_BYTES)
+        digests = [texts[row : row + TEXT_DIGEST_BYTES] for row in rows]
+        return list(zip(leaves, lines, digests, strict=True))
+
+    def _are_gone(self, lines: list[bytes], tombstones: set[str]) -> list[bool]:
+        """Which lines the tombstones name; one by one only if some name no subject held here."""
+        subjects = [_quoted_subject(line) for line in lines]
+        pseudonyms = {
+            subject: self.key.pseudonym("subject", json.loads(subject)) for subject in set(subjects)
+        }
+        if tombstones.issubset(pseudonyms.values()):
+            return [pseudonyms[subject] in tombstones for subject in subjects]
+        is_gone = self.matcher(tombstones)
+        return [is_gone(Record.from_line(line)) for line in lines]
 
     def matcher(self, tombstones: set[str]) -> Callable[[Record], bool]:
         """Predicate: is the record, or its subject, named by one of the tombstones?"""
@@ -134,7 +184,9 @@ class SliceStore:
 
         def is_gone(record: Record) -> bool:
             if record.subject not in subjects:
-                subjects[record.subject] = self.key.pseudonym("subject", record.subject) in tombstones
+                subjects[record.subject] = (
+                    self.key.pseudonym("subject", record.subject) in tombstones
+                )
             return subjects[record.subject] or self.key.pseudonym("record", record.id) in tombstones
 
         return is_gone
@@ -164,6 +216,10 @@ class SliceStore:
         if path.is_file() and path.stat().st_size == header.records * TEXT_DIGEST_BYTES:
             return np.fromfile(path, dtype=DIGEST_TYPE)
         return self._digests(self.read(name))
+
+    def has_texts_of(self, name: SliceName, records: list[Record]) -> bool:
+        """Are the digests on file those of the slice's records? For `verify`."""
+        return np.array_equal(self._text_digests(name), self._digests(records))
 
     def shared_texts(self) -> tuple[int, int]:
         """How many texts are held by more than one subject, and in how many records.

@@ -52,14 +52,20 @@ class NodeStore:
         """Keys of all node directories, damaged ones too."""
         if not self.directory.is_dir():
             return []
-        return sorted(p.name for p in self.directory.iterdir() if not p.name.startswith(files.TEMPORARY_PREFIX))
+        return sorted(
+            p.name
+            for p in self.directory.iterdir()
+            if not p.name.startswith(files.TEMPORARY_PREFIX)
+        )
 
     def manifest(self, key: str) -> dict[str, Any]:
         path = self.directory / key / MANIFEST_NAME
         try:
             return json.loads(path.read_bytes())
         except (OSError, ValueError):
-            raise RunError(f"{path} is damaged or missing: `llm-unlearn rebuild` trains the node again") from None
+            raise RunError(
+                f"{path} is damaged or missing: `llm-unlearn rebuild` trains the node again"
+            ) from None
 
     def is_intact(self, key: str) -> bool:
         """Are the weights those that the manifest names? Reads the whole node."""
@@ -71,7 +77,9 @@ class NodeStore:
     def load(self, key: str) -> Tensors:
         return load_tensors(self.directory / key / WEIGHTS_NAME)
 
-    def publish(self, node: Node, tensors: Tensors, details: dict[str, Any], before: Any = None) -> None:
+    def publish(
+        self, node: Node, tensors: Tensors, details: dict[str, Any], before: Any = None
+    ) -> None:
         """Write a node beside and rename it.
 
         Args:
@@ -107,7 +115,9 @@ class RunDirectory:
         self.config = RunConfig.from_dict(description["config"])
         self.shape = ModelShape.from_dict(description["model"])
         self.key = key
-        self.slices = SliceStore(path / "records", key, self.config.num_shards, self.config.num_slices)
+        self.slices = SliceStore(
+            path / "records", key, self.config.num_shards, self.config.num_slices
+        )
         self.nodes = NodeStore(path / "nodes")
 
     @classmethod
@@ -120,14 +130,20 @@ class RunDirectory:
         """
         path = Path(path)
         if not (path / "run.json").is_file():
-            raise UserError(f"{path} is not a run: it has no run.json (make one with recipes/s3t.py --output_dir {path})")
+            raise UserError(
+                f"{path} is not a run: it has no run.json (make one with recipes/s3t.py --output_dir {path})"
+            )
         try:
             description = json.loads((path / "run.json").read_bytes())
             if description["version"] != FORMAT_VERSION:
-                raise RunError(f"{path} was written by another version of the format ({description['version']})")
+                raise RunError(
+                    f"{path} was written by another version of the format ({description['version']})"
+                )
             return cls(path, description, PartitionKey((path / "secret.key").read_bytes()))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged ({error}): restore run.json and secret.key from a backup") from None
+            raise RunError(
+                f"{path} is damaged ({error}): restore run.json and secret.key from a backup"
+            ) from None
 
     @classmethod
     def create(
@@ -153,7 +169,9 @@ class RunDirectory:
             raise UserError(f"{path} already holds a run")
         foreign = [p.name for p in path.iterdir() if not _is_ours(p)] if path.is_dir() else []
         if foreign:
-            raise UserError(f"{path} is not empty (it holds {sorted(foreign)[0]!r}): choose another --output_dir")
+            raise UserError(
+                f"{path} is not empty (it holds {sorted(foreign)[0]!r}): choose another --output_dir"
+            )
         make_blocks(config.blocks, config.num_slices, shape.num_layers, config.lora.rank)
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
@@ -186,8 +204,12 @@ class RunDirectory:
         run = cls(path, json.loads(canonical(description)), key)
         run.slices.write_all(records)
         run.ledger.create()
-        run.ledger.append("created", {"config": run.config.identity(run.shape), "salt_id": key.salt_id})
-        files.write_bytes(path / "run.json", json.dumps(description, indent=2, sort_keys=True).encode())
+        run.ledger.append(
+            "created", {"config": run.config.identity(run.shape), "salt_id": key.salt_id}
+        )
+        files.write_bytes(
+            path / "run.json", json.dumps(description, indent=2, sort_keys=True).encode()
+        )
         return run
 
     def ensure_same(self, config: RunConfig, shape: ModelShape) -> None:
@@ -202,9 +224,12 @@ class RunDirectory:
                 f"{shape.name_or_path}: the weights differ. Choose another --output_dir"
             )
         if shape.tokenizer != self.shape.tokenizer:
-            raise UserError(f"{self.path} was made with another tokenizer: choose another --output_dir")
+            raise UserError(
+                f"{self.path} was made with another tokenizer: choose another --output_dir"
+            )
         ignored = {"runtime": None, "num_threads": None}
-        theirs, ours = config.to_dict() | ignored, self.config.to_dict() | ignored
+        theirs: dict[str, Any] = config.to_dict() | ignored
+        ours: dict[str, Any] = self.config.to_dict() | ignored
         for group in ("training", "lora", "model"):
             theirs |= {f"{group}.{name}": value for name, value in theirs.pop(group).items()}
             ours |= {f"{group}.{name}": value for name, value in ours.pop(group).items()}
@@ -244,7 +269,9 @@ class RunDirectory:
 
     def wanted(self) -> dict[str, Node]:
         """Every node of the complete run, by key."""
-        return {node.key: node for shard in self.shards for path in self.paths(shard) for node in path}
+        return {
+            node.key: node for shard in self.shards for path in self.paths(shard) for node in path
+        }
 
     def changing(self, holder: str) -> AbstractContextManager[None]:
         """Lock for whatever changes records, nodes or what is served; held for moments only."""

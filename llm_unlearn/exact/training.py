@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm_unlearn.data.encoding import Example, check_lengths, encode
 from llm_unlearn.data.partition import SliceName
 from llm_unlearn.data.records import Record
-from llm_unlearn.errors import UserError
+from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact import residues
 from llm_unlearn.exact.adapters import Tensors
 from llm_unlearn.exact.deletion import depths_of, settle
@@ -89,16 +89,26 @@ def train(
     lock: AbstractContextManager[None] = run.training() if state.is_main_process else nullcontext()
     with lock:
         reused = _from_main(lambda: _prepare(run, tokenizer, progress))
-        while (task := _from_main(lambda: _next_task(run, tokenizer, progress, counts["trained"]))) is not None:
+        while (
+            task := _from_main(lambda: _next_task(run, tokenizer, progress, counts["trained"]))
+        ) is not None:
             if not _from_main(lambda task=task: _cache_states(run, base, task)):
                 continue
             began = time.monotonic()
-            new = _compute(run, base, tokenizer, task, progress.step if state.is_main_process else None)
+            new = _compute(
+                run, base, tokenizer, task, progress.step if state.is_main_process else None
+            )
+            if new is None:
+                continue
             details = {"device": base.device.type, "seconds": round(time.monotonic() - began, 3)}
-            kept = _from_main(lambda task=task, new=new, said=details: _publish(run, task.node, new, **said))
+            kept = _from_main(
+                lambda task=task, new=new, said=details: _publish(run, task.node, new, **said)
+            )
             counts["trained" if kept else "discarded"] += 1
         served = _from_main(lambda: _finish(run))
-    return TrainingReport(counts["trained"], reused, counts["discarded"], time.monotonic() - started, served)
+    return TrainingReport(
+        counts["trained"], reused, counts["discarded"], time.monotonic() - started, served
+    )
 
 
 def train_again(
@@ -109,10 +119,13 @@ def train_again(
         task = _load_task(run, tokenizer, node)
     _cache_states(run, base, task)
     try:
-        return _compute(run, base, tokenizer, task, None)
+        again = _compute(run, base, tokenizer, task, None)
     finally:
         with run.changing("clearing caches"):
             residues.purge_emptied(run)
+    if again is None:
+        raise RunError(f"{run.path} was changed by a deletion meanwhile: run the command again")
+    return again
 
 
 def _compute(
@@ -121,15 +134,21 @@ def _compute(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     on_step: Callable[[int, int], None] | None,
-) -> Tensors:
+) -> Tensors | None:
+    """Train the node of a task; None if a deletion has purged the states that it replays."""
+    states = None
+    if _is_replayed(run, task.node) and (states := _open_states(run, task)) is None:
+        return None
     node_task = NodeTask(
         node=task.node,
         parents=task.parents,
         parts=task.parts,
         examples=[example for _, example in task.examples],
-        states=_open_states(run, task) if _is_replayed(run, task.node) else None,
+        states=states,
     )
-    return train_node(base, tokenizer, node_task, run.config, run.shape, str(run.path / "trainer"), on_step)
+    return train_node(
+        base, tokenizer, node_task, run.config, run.shape, str(run.path / "trainer"), on_step
+    )
 
 
 def _from_main(decide: Callable[[], Any]) -> Any:
@@ -210,7 +229,11 @@ def _parents(run: RunDirectory, node: Node) -> list[Node]:
 def cache_path(run: RunDirectory, node: Node, part: int) -> Path:
     """Where the states of a slice at the node's boundary live: named by everything they depend on."""
     root = node.roots[node.path.index(part)]
-    return run.path / "cache" / f"{digest([run.identity, min(node.block.layers), root])[:32]}.safetensors"
+    return (
+        run.path
+        / "cache"
+        / f"{digest([run.identity, min(node.block.layers), root])[:32]}.safetensors"
+    )
 
 
 def _is_replayed(run: RunDirectory, node: Node) -> bool:
@@ -239,22 +262,33 @@ def _cache_states(run: RunDirectory, base: PreTrainedModel, task: Task) -> bool:
     return True
 
 
-def _open_states(run: RunDirectory, task: Task) -> dict[str, StateCache]:
-    """The caches of the task's slices, mapped into memory: purging them does not disturb the task."""
-    caches = {part: StateCache(cache_path(run, task.node, part)) for part in {part for part, _ in task.examples}}
+def _open_states(run: RunDirectory, task: Task) -> dict[str, StateCache] | None:
+    """The caches of the task's slices, mapped into memory: purging them does not disturb the task.
+
+    They are opened by all processes under the lock; None if a deletion came before.
+    """
+    state = PartialState()
+    paths = {part: cache_path(run, task.node, part) for part, _ in task.examples}
+    with run.changing("opening hidden states") if state.is_main_process else nullcontext():
+        if not _from_main(lambda: all(path.exists() for path in paths.values())):
+            return None
+        caches = {part: StateCache(path) for part, path in paths.items()}
+        state.wait_for_everyone()
     return {example.record_id: caches[part] for part, example in task.examples}
 
 
-def _capture_slice(base: PreTrainedModel, boundary: int, examples: list[Example]) -> dict[str, torch.Tensor]:
+def _capture_slice(
+    base: PreTrainedModel, boundary: int, examples: list[Example]
+) -> dict[str, torch.Tensor]:
     return {
-        example.record_id: capture(base, boundary, torch.tensor([example.input_ids], device=base.device))
+        example.record_id: capture(
+            base, boundary, torch.tensor([example.input_ids], device=base.device)
+        )
         for example in examples
     }
 
 
-def _publish(
-    run: RunDirectory, node: Node, tensors: Tensors, device: str, seconds: float
-) -> bool:
+def _publish(run: RunDirectory, node: Node, tensors: Tensors, device: str, seconds: float) -> bool:
     """Keep a trained node, unless a deletion has made it obsolete meanwhile.
 
     The time it took goes to the ledger and not to the manifest, which says nothing of the moment.

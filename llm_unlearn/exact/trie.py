@@ -45,13 +45,22 @@ class Node:
     parent: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"block": self.block.to_dict(), "path": list(self.path), "roots": list(self.roots)}
+        return asdict(self) | {
+            "block": self.block.to_dict(),
+            "path": list(self.path),
+            "roots": list(self.roots),
+        }
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "Node":
         block = Block(**{**value["block"], "layers": tuple(value["block"]["layers"])})
         return cls(
-            **{**value, "block": block, "path": tuple(value["path"]), "roots": tuple(value["roots"])}
+            **{
+                **value,
+                "block": block,
+                "path": tuple(value["path"]),
+                "roots": tuple(value["roots"]),
+            }
         )
 
 
@@ -111,4 +120,6 @@ def longest_surviving_prefix(paths: list[list[Node]], exists: Callable[[str], bo
 
 def missing_nodes(paths: list[list[Node]], exists: Callable[[str], bool]) -> list[Node]:
     """What remains to be trained, each node once: sequence by sequence, parents before children."""
-    return list({node.key: node for path in paths for node in path if not exists(node.key)}.values())
+    return list(
+        {node.key: node for path in paths for node in path if not exists(node.key)}.values()
+    )

@@ -19,9 +19,12 @@ from llm_unlearn.exact import residues
 from llm_unlearn.exact.adapters import (
     CONFIG_NAME,
     WEIGHTS_NAME,
+    Tensors,
     adapter_config,
+    assemble,
     empty_adapter,
     expected_shapes,
+    load_tensors,
     served_digest,
     split,
 )
@@ -64,9 +67,16 @@ def check_records(run: RunDirectory) -> Check:
         records = [Record.from_line(line) for line in lines]
         check.examined += len(records)
         where = f"records of shard {name.shard}, slice {name.slice}"
-        if merkle_root([run.key.leaf(line) for line in lines]) != header.root or len(lines) != header.records:
+        if (
+            merkle_root([run.key.leaf(line) for line in lines]) != header.root
+            or len(lines) != header.records
+        ):
             check.problems.append(f"{where}: they are not the ones their header names")
-        if any(run.slices.place(subject) != name for subject in {record.subject for record in records}):
+        elif not run.slices.has_texts_of(name, records):
+            check.problems.append(f"{where}: the digests of their texts are not theirs")
+        if any(
+            run.slices.place(subject) != name for subject in {record.subject for record in records}
+        ):
             check.problems.append(f"{where}: a subject is in the wrong slice")
         if any(is_deleted(record) for record in records):
             check.problems.append(f"{where}: a deleted subject is still there")
@@ -76,7 +86,9 @@ def check_records(run: RunDirectory) -> Check:
 def check_nodes(run: RunDirectory) -> Check:
     """Every node is wanted, its key follows from its manifest, and its weights are those logged."""
     check = Check("nodes")
-    logged = {event.payload["node"]: event.payload["weights"] for event in run.ledger.events("trained")}
+    logged = {
+        event.payload["node"]: event.payload["weights"] for event in run.ledger.events("trained")
+    }
     wanted = run.wanted()
     for key in run.nodes.keys():
         check.examined += 1
@@ -87,13 +99,20 @@ def check_nodes(run: RunDirectory) -> Check:
             check.problems.append(f"node {key[:12]}: its manifest is damaged")
             continue
         if key not in wanted:
-            check.problems.append(f"node {key[:12]}: depends on data that the run does not hold (any more)")
-        elif node != wanted[key] or node_key(run.identity, node.block, node.parent, node.roots[-1]) != key:
+            check.problems.append(
+                f"node {key[:12]}: depends on data that the run does not hold (any more)"
+            )
+        elif (
+            node != wanted[key]
+            or node_key(run.identity, node.block, node.parent, node.roots[-1]) != key
+        ):
             check.problems.append(f"node {key[:12]}: its key does not follow from its manifest")
         if not run.nodes.is_intact(key):
             check.problems.append(f"node {key[:12]}: its weights are not those of its manifest")
         elif logged.get(key) != manifest["weights"]:
-            check.problems.append(f"node {key[:12]}: its weights are not those that the ledger logged")
+            check.problems.append(
+                f"node {key[:12]}: its weights are not those that the ledger logged"
+            )
     return check
 
 
@@ -105,7 +124,9 @@ def check_served(run: RunDirectory) -> Check:
         return check
     for shard in run.shards:
         try:
-            check.problems += [f"shard {shard}: {problem}" for problem in _served_problems(run, shard)]
+            check.problems += [
+                f"shard {shard}: {problem}" for problem in _served_problems(run, shard)
+            ]
         except RunError as error:
             check.problems.append(f"shard {shard}: {error}")
         check.examined += 1
@@ -120,24 +141,16 @@ def _served_problems(run: RunDirectory, shard: int) -> list[str]:
     wanted, problems, nodes = run.wanted(), [], []
     for entry in lineage["nodes"]:
         if entry["key"] not in wanted or wanted[entry["key"]].shard != shard:
-            return [f"it is served from node {entry['key'][:12]}, which depends on deleted or unknown data"]
+            return [
+                f"it is served from node {entry['key'][:12]}, which depends on deleted or unknown data"
+            ]
         nodes.append(wanted[entry["key"]])
     if [node.key for node in nodes] not in [
         [node.key for node in path[: len(nodes)]] for path in [*run.paths(shard), []]
     ]:
         problems.append("its nodes are not the beginning of one sequence")
-    from llm_unlearn.exact.adapters import load_tensors
-
     tensors = load_tensors(directory / WEIGHTS_NAME)
-    expected = {name for node in nodes for name in expected_shapes(node, run.shape)} or set(empty_adapter(run.shape))
-    if set(tensors) != expected:
-        return [*problems, "it holds tensors that belong to no node, or lacks some"]
-    if not nodes and any(tensor.any() for tensor in tensors.values()):
-        problems.append("no block is left, but the adapter is not zero")
-    for node, part in zip(nodes, split(tensors, nodes, run.shape), strict=True):
-        held = run.nodes.load(node.key)
-        if any(not np.array_equal(part[name].view(np.uint8), held[name].view(np.uint8)) for name in part):
-            problems.append(f"a tensor differs from node {node.key[:12]}, which it should come from")
+    problems += _tensor_problems(run, nodes, tensors)
     try:
         config = json.loads((directory / CONFIG_NAME).read_bytes())
     except (OSError, ValueError):
@@ -149,11 +162,35 @@ def _served_problems(run: RunDirectory, shard: int) -> list[str]:
     return problems
 
 
+def _tensor_problems(run: RunDirectory, nodes: list[Node], tensors: Tensors) -> list[str]:
+    """Are the served tensors the bands of these nodes, bit for bit, and nothing beside?"""
+    expected = {name for node in nodes for name in expected_shapes(node, run.shape)}
+    if set(tensors) != (expected or set(empty_adapter(run.shape))):
+        return ["it holds tensors that belong to no node, or lacks some"]
+    if not nodes and any(tensor.any() for tensor in tensors.values()):
+        return ["no block is left, but the adapter is not zero"]
+    parts, problems = split(tensors, nodes, run.shape), []
+    if any(tensor.shape != tensors[name].shape for name, tensor in assemble(parts).items()):
+        problems.append("it holds ranks that belong to no node, or lacks some")
+    for node, part in zip(nodes, parts, strict=True):
+        held = run.nodes.load(node.key)
+        if any(
+            not np.array_equal(part[name].view(np.uint8), held[name].view(np.uint8))
+            for name in part
+        ):
+            problems.append(
+                f"a tensor differs from node {node.key[:12]}, which it should come from"
+            )
+    return problems
+
+
 def check_residues(run: RunDirectory) -> Check:
     """No half-written file, no unknown file, and the key is readable by its owner alone."""
     check = Check("residues")
     for path in run.path.rglob(".tmp-*"):
-        check.problems.append(f"{path.relative_to(run.path)} was left by a crash: run `llm-unlearn rebuild`")
+        check.problems.append(
+            f"{path.relative_to(run.path)} was left by a crash: run `llm-unlearn rebuild`"
+        )
     for path in residues.unrecognised(run):
         check.problems.append(f"{path.name} is of no known kind: a deletion would not purge it")
     mode = stat.S_IMODE((run.path / "secret.key").stat().st_mode)
@@ -216,7 +253,9 @@ def replay_nodes(run: RunDirectory, count: int, seed: int | None = None) -> Chec
         if any(again[name].tobytes() != held[name].tobytes() for name in held):
             check.problems.append(f"node {key[:12]}: training it again gives other bits")
     if elsewhere:
-        check.skipped = f"{elsewhere} nodes were trained in another environment and cannot be compared here"
+        check.skipped = (
+            f"{elsewhere} nodes were trained in another environment and cannot be compared here"
+        )
     return check
 
 

@@ -74,7 +74,9 @@ def kill_at(point: int) -> None:
         wrap(owner, name)
 
 
-def every_point(prepare: Callable[[], object], work: Callable[[], None], check: Callable[[], None]) -> int:
+def every_point(
+    prepare: Callable[[], object], work: Callable[[], None], check: Callable[[], None]
+) -> int:
     """Kill `work` at each point in turn, checking after each; returns how many points there were."""
     point = 0
     while True:
@@ -190,7 +192,9 @@ def test_rebuild_survives_kill_9_at_every_point(reference: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_real_training_killed_in_a_step_reaches_the_same_bits(tiny_base: Path, tmp_path: Path, step: int) -> None:
+def test_real_training_killed_in_a_step_reaches_the_same_bits(
+    tiny_base: Path, tmp_path: Path, step: int
+) -> None:
     class Killer:
         def __init__(self) -> None:
             self.nodes = 0

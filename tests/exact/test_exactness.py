@@ -4,6 +4,7 @@ Bits are compared, not scores. The runs here are really trained, on tiny models;
 histories are in `test_histories.py`.
 """
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,12 @@ from llm_unlearn.exact import node_training, training
 from llm_unlearn.exact.node_training import IsolationError
 from tests.tiny import load_tiny, make_rows, make_run, node_bytes, served_bytes, tiny_records
 
-KINDS = [("ranks", "cumulative"), ("ranks", "disjoint"), ("layers", "cumulative"), ("layers", "disjoint")]
+KINDS = [
+    ("ranks", "cumulative"),
+    ("ranks", "disjoint"),
+    ("layers", "cumulative"),
+    ("layers", "disjoint"),
+]
 
 
 def without(records: list[Record], subjects: set[str]) -> list[Record]:
@@ -66,7 +72,11 @@ def test_garbage_in_a_slice_reaches_only_the_nodes_that_depend_on_it(
             # a shared generator would carry over.
             noisy += make_records(
                 [
-                    {"subject": record.subject, "prompt": "zzz " * 9 + record.id[:6], "completion": " qq" * (3 + row)}
+                    {
+                        "subject": record.subject,
+                        "prompt": "zzz " * 9 + record.id[:6],
+                        "completion": " qq" * (3 + row),
+                    }
                     for row in range(3)
                 ],
                 subject_column="subject",
@@ -87,7 +97,10 @@ def test_adding_a_shard_member_does_not_move_the_others(tiny_base: Path, tmp_pat
     records = tiny_records()
     few = make_run(tmp_path / "few", tiny_base, records, train=False)
     more = make_run(
-        tmp_path / "more", tiny_base, [*records, *make_records(make_rows(5, 1, "guest"), "subject")], train=False
+        tmp_path / "more",
+        tiny_base,
+        [*records, *make_records(make_rows(5, 1, "guest"), "subject")],
+        train=False,
     )
     for name in few.directory.slices.names:
         ours = {record.subject for record in few.directory.slices.read(name)}
@@ -107,9 +120,17 @@ def test_nothing_outside_the_block_changes_while_it_is_trained(
 
     def watched(*arguments: object) -> PeftModel:
         attached = attach(*arguments)  # pyright: ignore[reportArgumentType]
-        trainable = {name for name, parameter in attached.named_parameters() if parameter.requires_grad}
-        frozen = {name: t.detach().clone() for name, t in attached.state_dict().items() if name not in trainable}
-        started = {name: p.detach().clone() for name, p in attached.named_parameters() if name in trainable}
+        trainable = {
+            name for name, parameter in attached.named_parameters() if parameter.requires_grad
+        }
+        frozen = {
+            name: t.detach().clone()
+            for name, t in attached.state_dict().items()
+            if name not in trainable
+        }
+        started = {
+            name: p.detach().clone() for name, p in attached.named_parameters() if name in trainable
+        }
 
         def check(step: int, _total: int) -> None:
             now = attached.state_dict()
@@ -156,14 +177,18 @@ def test_a_change_outside_the_block_is_caught_and_publishes_nothing(
 
 
 def test_divergence_is_caught(tiny_base: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", tiny_base, train=False, learning_rate=1e30, max_steps=4, max_grad_norm=0.0)
+    run = make_run(
+        tmp_path / "run", tiny_base, train=False, learning_rate=1e30, max_steps=4, max_grad_norm=0.0
+    )
     with pytest.raises(IsolationError, match="diverged"):
         run.train(*load_tiny(tiny_base))
     assert node_bytes(run) == {}
 
 
 @pytest.mark.parametrize("blocks", ["ranks", "layers"])
-def test_the_served_adapter_computes_what_its_nodes_do(tiny_base: Path, tmp_path: Path, blocks: str) -> None:
+def test_the_served_adapter_computes_what_its_nodes_do(
+    tiny_base: Path, tmp_path: Path, blocks: str
+) -> None:
     """The assembled adapter against base + frozen prefix + last block, as it was in training."""
     run = make_run(tmp_path / "run", tiny_base, blocks=blocks, num_sequences=1)
     directory = run.directory
@@ -171,17 +196,25 @@ def test_the_served_adapter_computes_what_its_nodes_do(tiny_base: Path, tmp_path
     parts = [directory.nodes.load(node.key) for node in path]
     model, tokenizer = load_tiny(tiny_base)
     ids = tokenizer("Question: what does person 1 eat?", return_tensors="pt")["input_ids"]
-    served = PeftModel.from_pretrained(load_tiny(tiny_base)[0], str(directory.served / "shard-0")).eval()
+    served = PeftModel.from_pretrained(
+        load_tiny(tiny_base)[0], str(directory.served / "shard-0")
+    ).eval()
     task = node_training.NodeTask(path[-1], path[:-1], parts[:-1], [], None)
     trained = node_training.attach(model, task, directory.config, directory.shape).eval()
     node_training._load(trained, parts[-1], node_training.TRAINED)
     with torch.no_grad():
-        ours, theirs, plain = served(ids).logits, trained(ids).logits, load_tiny(tiny_base)[0](ids).logits
+        ours, theirs, plain = (
+            served(ids).logits,
+            trained(ids).logits,
+            load_tiny(tiny_base)[0](ids).logits,
+        )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(ours, plain, atol=1e-3)
 
 
-def test_a_shard_with_nothing_left_is_the_base_model_bit_for_bit(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_shard_with_nothing_left_is_the_base_model_bit_for_bit(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run", tiny_base, num_slices=1, num_sequences=1)
     run.delete(["person 0"])
     served = run.directory.served / "shard-0"
@@ -195,7 +228,9 @@ def test_a_shard_with_nothing_left_is_the_base_model_bit_for_bit(tiny_base: Path
     assert run.status().shards[0].served_depth == 0
 
 
-def test_deleting_everybody_leaves_an_empty_run_that_verifies(tiny_base: Path, tmp_path: Path) -> None:
+def test_deleting_everybody_leaves_an_empty_run_that_verifies(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run", tiny_base)
     run.delete([f"person {number}" for number in range(12)])
     assert node_bytes(run) == {}
@@ -204,8 +239,12 @@ def test_deleting_everybody_leaves_an_empty_run_that_verifies(tiny_base: Path, t
     assert run.rebuild().trained == 0
 
 
-def test_replayed_states_train_the_same_block_up_to_rounding(tiny_base: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", tiny_base, blocks="layers", num_sequences=1, train=False).directory
+def test_replayed_states_train_the_same_block_up_to_rounding(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    run = make_run(
+        tmp_path / "run", tiny_base, blocks="layers", num_sequences=1, train=False
+    ).directory
     model, tokenizer = load_tiny(tiny_base)
     node = run.paths(0)[0][0]
     task = training._load_task(run, tokenizer, node)
@@ -214,8 +253,39 @@ def test_replayed_states_train_the_same_block_up_to_rounding(tiny_base: Path, tm
     plain_task = node_training.NodeTask(
         node, [], [], [example for _, example in task.examples], states=None
     )
-    plain = node_training.train_node(model, tokenizer, plain_task, run.config, run.shape, str(tmp_path / "out"))
+    plain = node_training.train_node(
+        model, tokenizer, plain_task, run.config, run.shape, str(tmp_path / "out")
+    )
     start = node_training.initial_block(node, run.shape)
     for name in plain:
         np.testing.assert_allclose(replayed[name], plain[name], rtol=1e-3, atol=1e-5)
     assert any(not np.array_equal(plain[name], start[name]) for name in plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_random_histories_of_real_training(tiny_base: Path, tmp_path: Path, seed: int) -> None:
+    """What `test_histories.py` shows for hundreds of histories, here with nothing replaced."""
+    chance = random.Random(seed)
+    slices = chance.randint(2, 3)
+    options = {
+        "num_shards": chance.randint(1, 2),
+        "num_slices": slices,
+        "num_sequences": chance.randint(1, slices),
+        "blocks": ["ranks", "layers"][seed % 2],
+        "slice_data": chance.choice(["cumulative", "disjoint"]),
+    }
+    run = make_run(tmp_path / "run", tiny_base, **options)
+    gone: set[str] = set()
+    for _ in range(3):
+        asked = {f"person {chance.randrange(12)}" for _ in range(chance.randint(1, 2))}
+        run.delete(sorted(asked))
+        gone |= asked
+        if chance.random() < 0.5:
+            run.train(*load_tiny(tiny_base))
+    never = make_run(tmp_path / "never", tiny_base, without(tiny_records(), gone), **options)
+    assert node_bytes(run).items() <= node_bytes(never).items()
+    run.train(*load_tiny(tiny_base))
+    assert node_bytes(run) == node_bytes(never)
+    assert served_bytes(run) == served_bytes(never)
+    assert all(check.passed for check in run.verify(replay=1))

@@ -9,7 +9,14 @@ from peft import PeftModel
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.modules import find_decoder_layers, find_linear_modules
 from llm_unlearn.exact.replay import capture, replay, returns_tuple
-from tests.tiny import FAMILIES, load_tiny, make_run, make_tiny_model, make_tiny_tokenizer, node_bytes
+from tests.tiny import (
+    FAMILIES,
+    load_tiny,
+    make_run,
+    make_tiny_model,
+    make_tiny_tokenizer,
+    node_bytes,
+)
 
 ALL = [*FAMILIES, "gpt2"]
 
@@ -29,7 +36,9 @@ def test_every_family_trains_deletes_and_loads(
     bases: dict[str, Path], tmp_path: Path, family: str, blocks: str
 ) -> None:
     base = bases[family]
-    run = make_run(tmp_path / "run", base, blocks=blocks, num_slices=2, num_sequences=2, max_steps=1)
+    run = make_run(
+        tmp_path / "run", base, blocks=blocks, num_slices=2, num_sequences=2, max_steps=1
+    )
     full = node_bytes(run)
     done = run.delete(["person 3"])
     assert done.served == {0: 1}
@@ -39,7 +48,11 @@ def test_every_family_trains_deletes_and_loads(
     ids = tokenizer("Question: what does person 1 eat?", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         plain = model(ids).logits
-        served = PeftModel.from_pretrained(model, str(run.directory.served / "shard-0")).eval()(ids).logits
+        served = (
+            PeftModel.from_pretrained(model, str(run.directory.served / "shard-0"))
+            .eval()(ids)
+            .logits
+        )
     assert not torch.equal(plain, served)
 
 
@@ -98,7 +111,9 @@ def test_layers_are_matched_by_index_and_not_by_substring() -> None:
 
 
 def test_unknown_targets_and_families_are_one_clear_line() -> None:
-    with pytest.raises(UserError, match=r"'nothing' is not in the decoder layers; they have \['down_proj'"):
+    with pytest.raises(
+        UserError, match=r"'nothing' is not in the decoder layers; they have \['down_proj'"
+    ):
         find_linear_modules(make_tiny_model(), ["q_proj", "nothing"])
     model = make_tiny_model()
     model.config.num_hidden_layers = 3

@@ -13,7 +13,14 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import make_stub_run, node_bytes, served_bytes, stubbed_training, tiny_records, train_stub
+from tests.tiny import (
+    make_stub_run,
+    node_bytes,
+    served_bytes,
+    stubbed_training,
+    tiny_records,
+    train_stub,
+)
 
 SUBJECTS = [f"person {number}" for number in range(12)]
 
@@ -31,7 +38,9 @@ def shapes(draw: st.DrawFn) -> dict[str, object]:
 
 
 steps = st.lists(
-    st.one_of(st.lists(st.sampled_from(SUBJECTS), min_size=1, max_size=3, unique=True), st.just("rebuild")),
+    st.one_of(
+        st.lists(st.sampled_from(SUBJECTS), min_size=1, max_size=3, unique=True), st.just("rebuild")
+    ),
     min_size=1,
     max_size=5,
 )
@@ -54,7 +63,9 @@ def test_any_history_leaves_what_a_run_without_the_records_would_hold(shape, his
                     gone |= set(step)
                 assert all(check.passed for check in run.verify())
             never = make_stub_run(
-                root / "never", [record for record in tiny_records() if record.subject not in gone], **shape
+                root / "never",
+                [record for record in tiny_records() if record.subject not in gone],
+                **shape,
             )
             train_stub(never)
             fresh = node_bytes(never)
@@ -62,8 +73,12 @@ def test_any_history_leaves_what_a_run_without_the_records_would_hold(shape, his
             train_stub(run)
             assert node_bytes(run) == fresh
             assert served_bytes(run) == served_bytes(never)
-            records = [path.read_bytes() for path in sorted((run.path / "records").rglob("*.jsonl"))]
-            assert records == [path.read_bytes() for path in sorted((never.path / "records").rglob("*.jsonl"))]
+            records = [
+                path.read_bytes() for path in sorted((run.path / "records").rglob("*.jsonl"))
+            ]
+            assert records == [
+                path.read_bytes() for path in sorted((never.path / "records").rglob("*.jsonl"))
+            ]
     finally:
         shutil.rmtree(root)
 
