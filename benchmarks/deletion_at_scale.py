@@ -73,8 +73,8 @@ def publish_nodes(path: Path) -> None:
         shapes = expected_shapes(node, run.shape)
         tensors = {n: generator.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
 
-        def log(weights: str, key: str = node.key) -> None:
-            run.ledger.append("trained", {"node": key, "weights": weights})
+        def log(digests: dict[str, str], key: str = node.key) -> None:
+            run.ledger.append("trained", {"node": key, **digests, "seconds": 0.0})
 
         run.nodes.publish(node, tensors, {"identity": run.identity}, before=log)
     serve(run)

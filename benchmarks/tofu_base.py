@@ -13,7 +13,14 @@ from pathlib import Path
 
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_unlearn.data.records import make_records
@@ -23,7 +30,9 @@ ROWS_PER_AUTHOR = 20
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--tofu", type=Path, required=True)
     parser.add_argument("--skip_authors", type=int, default=12)
     parser.add_argument("--output_dir", required=True)
@@ -33,7 +42,9 @@ def main(argv: list[str]) -> None:
     texts = ["".join(record.texts()) for record in make_records(rows)]
 
     backend = ByteLevelBPETokenizer()
-    backend.train_from_iterator(texts, 2048, show_progress=False, special_tokens=["<pad>", "<s>", "</s>"])
+    backend.train_from_iterator(
+        texts, 2048, show_progress=False, special_tokens=["<pad>", "<s>", "</s>"]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )

@@ -11,6 +11,7 @@ from llm_unlearn import console
 from llm_unlearn.errors import RunError, UserError
 
 if TYPE_CHECKING:
+    from llm_unlearn.exact.deletion import Deletion
     from llm_unlearn.exact.run import RunStatus, S3TRun
 
 app = typer.Typer(
@@ -97,7 +98,7 @@ def _print_status(current: "RunStatus") -> None:
                 s.subjects,
                 s.records,
                 " ".join(map(str, s.slice_records)),
-            )  # fmt: skip
+            )
             for s in current.shards
         ],
     )
@@ -126,6 +127,9 @@ def delete(
     with_duplicates: Annotated[
         bool, typer.Option(help="Also delete other subjects' records with the same text.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Say what would go, and who holds copies; change nothing.")
+    ] = False,
     rebuild: Annotated[
         bool, typer.Option(help="Then train what the deletion took, without it.")
     ] = False,
@@ -134,17 +138,26 @@ def delete(
     """Delete subjects exactly, all or none: what is served afterwards never saw them."""
     opened = _open(run)
     subjects = [*(subject or []), *(_read_subjects(from_file) if from_file else [])]
-    done = opened.delete(subjects, with_duplicates)
-    trained = _rebuild(opened, quiet=as_json) if rebuild else None
+    done = opened.delete(subjects, with_duplicates, dry_run)
+    trained = _rebuild(opened, quiet=as_json) if rebuild and not dry_run else None
     if as_json:
-        _print_json({**asdict(done), "rebuilt_nodes": trained})
+        _print_json({**asdict(done), "dry_run": dry_run, "rebuilt_nodes": trained})
         return
+    _print_deletion(done, dry_run)
+    if trained is not None:
+        print(f"rebuilt {trained} nodes without the deleted data")
+
+
+def _print_deletion(done: "Deletion", dry_run: bool) -> None:
     if done.already_deleted:
         print(f"{done.already_deleted} of the subjects had been deleted before")
-    if done.request is not None:
-        depths = ", ".join(
-            f"shard {shard}: {depth}" for shard, depth in sorted(done.served.items())
+    if dry_run:
+        print(
+            f"would delete {done.subjects} subjects ({done.records} records) and drop "
+            f"{done.nodes_removed} nodes; nothing was changed"
         )
+    elif done.request is not None:
+        depths = ", ".join(f"shard {shard}: {depth}" for shard, depth in done.served.items())
         print(
             f"deleted {done.subjects} subjects ({done.records} records) in {done.seconds:.2f} s: "
             f"{done.nodes_removed} nodes dropped; blocks served now: {depths}"
@@ -152,11 +165,9 @@ def delete(
         print(f"certificate: {done.certificate}")
     if done.copies_elsewhere:
         console.warn(
-            f"{done.copies_elsewhere} records of other subjects hold the same text and stay: they are theirs "
-            "(--with-duplicates takes those too)"
+            f"{done.copies_elsewhere} records of other subjects hold the same text and stay: they "
+            "are theirs (a deletion with --with-duplicates takes those too; --dry-run shows it first)"
         )
-    if trained is not None:
-        print(f"rebuilt {trained} nodes without the deleted data")
 
 
 def _read_subjects(path: Path) -> list[str]:

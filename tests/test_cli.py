@@ -137,7 +137,8 @@ def test_verify_a_sound_run(say: Say, run: Path) -> None:
     code, text, error = say("verify", run)
     assert (code, error) == (0, "")
     assert [line.split()[:2] for line in text.splitlines()] == [
-        ["ok", f"{name}:"] for name in ("ledger", "records", "nodes", "served", "residues")
+        ["ok", f"{name}:"]
+        for name in ("ledger", "records", "nodes", "served", "certificates", "residues")
     ]
     checks = in_json(say("verify", run, "--json"))
     assert all(check["passed"] and check["problems"] == [] for check in checks)

@@ -102,6 +102,16 @@ def _is_empty(content: Mapping[str, Any]) -> bool:
     return not isinstance(learnt, str) or not learnt.strip()
 
 
+def _check_text(content: Mapping[str, Any], index: int) -> None:
+    """Lone surrogates come of broken escapes; no tokenizer takes them."""
+    try:
+        canonical(content).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(
+            f"row {index + 1} holds text that is not valid Unicode: mend or drop it"
+        ) from None
+
+
 def _subject_namer(subject_column: str | None, rows_per_subject: int | None, columns: set[str]):
     if subject_column is not None and rows_per_subject is not None:
         raise UserError("give --subject_column or --rows_per_subject, not both")
@@ -164,6 +174,7 @@ def make_records(
             empty.append(index + 1)
             continue
         subject = subject_of(row, index)
+        _check_text(content, index)
         base = canonical([subject, content])
         identity = hashlib.sha256(base + str(seen[base]).encode()).hexdigest()[:32]
         seen[base] += 1

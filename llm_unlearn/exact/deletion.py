@@ -20,7 +20,7 @@ from llm_unlearn.errors import UserError
 from llm_unlearn.exact import residues
 from llm_unlearn.exact.environment import describe_software
 from llm_unlearn.exact.ledger import Request, Target
-from llm_unlearn.exact.served import digest_of_served, serve
+from llm_unlearn.exact.served import digest_of_served, read_lineage, serve
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.exact.trie import digest
 
@@ -35,7 +35,8 @@ class Deletion:
     """What a call of `delete` did.
 
     Attributes:
-        request: id of the request, None if every subject had been deleted before.
+        request: id of the request, None if every subject had been deleted before, or if this
+            was a dry run (the other values then say what would have been done).
         already_deleted: how many of the subjects had been deleted before.
         copies_elsewhere: records of other subjects with a text of the deleted ones, left alone.
         seconds: from the call to the certificate.
@@ -52,11 +53,17 @@ class Deletion:
     certificate: Path | None
 
 
-def delete(run: RunDirectory, subjects: Sequence[str], with_duplicates: bool = False) -> Deletion:
+def delete(
+    run: RunDirectory,
+    subjects: Sequence[str],
+    with_duplicates: bool = False,
+    dry_run: bool = False,
+) -> Deletion:
     """Delete subjects exactly; all of them, or none if one is unknown.
 
     Args:
         with_duplicates: also delete the records of other subjects that hold the same text.
+        dry_run: only say what would go and how many copies others hold; nothing is changed.
 
     Raises:
         UserError: no subject given, or one that the run does not know; nothing was changed.
@@ -68,32 +75,28 @@ def delete(run: RunDirectory, subjects: Sequence[str], with_duplicates: bool = F
     with run.changing("deleting from it"):
         settle(run)
         targets, records, already = resolve(run, list(dict.fromkeys(subjects)))
-        copies = (
-            run.slices.copies(records, holders={record.subject for record in records})
-            if records
-            else {}
-        )
+        copies: dict[SliceName, list[Record]] = {}
+        if records:
+            copies = run.slices.copies(records, holders={record.subject for record in records})
         if with_duplicates:
             targets += copy_targets(run, copies)
-        left_alone = 0 if with_duplicates else sum(map(len, copies.values()))
-        if not targets:
-            return Deletion(
-                None, 0, already, 0, 0, 0, depths_of(serve(run)), time.monotonic() - started, None
-            )
-        request_id = secrets.token_hex(8)
         nodes = dependent_nodes(run, targets)
-        run.ledger.acknowledge(request_id, targets, nodes, digest_of_served(run))
-        depths = settle(run)
+        request_id = None
+        if targets and not dry_run:
+            request_id = secrets.token_hex(8)
+            run.ledger.acknowledge(request_id, targets, nodes, digest_of_served(run))
+            settle(run)
+        depths = depths_served(run)
     return Deletion(
         request=request_id,
         subjects=sum(target.kind == "subject" for target in targets),
         already_deleted=already,
         records=sum(target.records for target in targets),
-        copies_elsewhere=left_alone,
+        copies_elsewhere=0 if with_duplicates else sum(map(len, copies.values())),
         nodes_removed=len(nodes),
         served=depths,
         seconds=time.monotonic() - started,
-        certificate=certificate_path(run, request_id),
+        certificate=certificate_path(run, request_id) if request_id else None,
     )
 
 
@@ -157,20 +160,21 @@ def dependent_nodes(run: RunDirectory, targets: list[Target]) -> list[str]:
     )
 
 
-def depths_of(lineages: dict[int, dict[str, Any]]) -> dict[int, int]:
-    """How many blocks each shard is served with."""
-    return {shard: len(entry["nodes"]) for shard, entry in lineages.items()}
+def depths_served(run: RunDirectory) -> dict[int, int]:
+    """How many blocks each shard is served with; 0 before anything is."""
+    lineages = {shard: read_lineage(run.served / f"shard-{shard}") for shard in run.shards}
+    return {shard: len(entry["nodes"]) if entry else 0 for shard, entry in lineages.items()}
 
 
-def settle(run: RunDirectory) -> dict[int, int]:
-    """Carry out every acknowledged request that is not finished; returns the served depths.
+def settle(run: RunDirectory) -> None:
+    """Carry out every acknowledged request that is not finished.
 
     The caller holds the run's lock. Repeatable: killed anywhere, the next call finishes.
     """
     pending = run.ledger.requests(pending=True)
     if not pending:
         residues.purge_temporary(run)  # what a crash left after it had finished the last request
-        return {}
+        return
     _remove_records(run, pending)
     wanted = set(run.wanted())
     # Serve first, purge next: what is served never lacks a file, and the deleted data stops
@@ -183,7 +187,7 @@ def settle(run: RunDirectory) -> dict[int, int]:
     for request in pending:
         done = {
             "served_after": digest_of_served(run),
-            "served_depth": {str(shard): depth for shard, depth in depths_of(lineages).items()},
+            "served_depth": {str(shard): depth for shard, depth in depths_served(run).items()},
             "purged": purged,
             "checks": {"served_lineage": clean},
         }
@@ -191,7 +195,6 @@ def settle(run: RunDirectory) -> dict[int, int]:
         run.ledger.finish(
             request.id, {"certificate": digest(text), "served_after": done["served_after"]}
         )
-    return depths_of(lineages)
 
 
 def _remove_records(run: RunDirectory, pending: list[Request]) -> None:

@@ -3,6 +3,7 @@
 Bits are compared only between nodes whose environments are equal.
 """
 
+import functools
 import importlib.metadata
 import platform
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "safetensors")
 
 
+@functools.cache
 def describe_software() -> dict[str, str]:
     """Versions of what computes, without importing it."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -4,15 +4,25 @@ A new writer adds its kind here. Whatever lies in a run directory and is of no k
 in the certificate as out of reach, so forgetting to register one shows.
 """
 
+import re
 from pathlib import Path
 
 from llm_unlearn import files
-from llm_unlearn.exact.store import OWN_ENTRIES, RunDirectory
+from llm_unlearn.exact.adapters import WEIGHTS_NAME
+from llm_unlearn.exact.store import MANIFEST_NAME, OWN_ENTRIES, RunDirectory
 
 # Directories that are emptied by every deletion: they are made again when training needs them.
 EMPTIED = {
     "hidden-state cache": "cache",
     "trainer output": "trainer",
+}
+
+# Every file that the directories of a run may hold, as patterns of the path below each.
+KNOWN_FILES = {
+    "records": r"shard-\d+/slice-\d+\.(jsonl|[0-9a-f]{16}\.texts)",
+    "nodes": rf"[0-9a-f]{{64}}/({re.escape(WEIGHTS_NAME)}|{re.escape(MANIFEST_NAME)})",
+    "generations": r"[0-9a-f]{16}/shard-\d+/(README\.md|lineage\.json|adapter_(model\.safetensors|config\.json))",
+    "certificates": r"[0-9a-f]{16}\.json",
 }
 
 # What no run directory can reach; named in every certificate.
@@ -57,5 +67,13 @@ def purge_temporary(run: RunDirectory) -> int:
 
 
 def unrecognised(run: RunDirectory) -> list[Path]:
-    """Entries of the run directory that are of no known kind."""
-    return sorted(path for path in run.path.iterdir() if path.name not in OWN_ENTRIES)
+    """Files of the run directory that are of no known kind, and top-level entries that are not."""
+    foreign = [path for path in run.path.iterdir() if path.name not in OWN_ENTRIES]
+    for name, known in KNOWN_FILES.items():
+        directory = run.path / name
+        foreign += [
+            path
+            for path in directory.rglob("*")
+            if path.is_file() and not re.fullmatch(known, path.relative_to(directory).as_posix())
+        ]
+    return sorted(foreign)

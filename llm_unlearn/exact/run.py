@@ -10,8 +10,7 @@ from llm_unlearn.data.partition import SliceName, describe_sizes
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.blocks import describe_split
-from llm_unlearn.exact.deletion import Deletion, delete, settle
-from llm_unlearn.exact.served import read_lineage
+from llm_unlearn.exact.deletion import Deletion, delete, depths_served, settle
 from llm_unlearn.exact.store import RunDirectory, read_key
 from llm_unlearn.exact.trie import longest_surviving_prefix
 from llm_unlearn.exact.verification import Check, replay_nodes, verify
@@ -146,11 +145,14 @@ class S3TRun:
         """Load the base model and train what is missing, without the deleted data."""
         from llm_unlearn.exact.base_model import load_base_of
 
+        self.settle()
         return self.train(*load_base_of(self.directory), progress=progress)
 
-    def delete(self, subjects: Sequence[str], with_duplicates: bool = False) -> Deletion:
+    def delete(
+        self, subjects: Sequence[str], with_duplicates: bool = False, dry_run: bool = False
+    ) -> Deletion:
         """Delete subjects exactly, all or none; see `llm_unlearn.exact.deletion.delete`."""
-        return delete(self.directory, subjects, with_duplicates)
+        return delete(self.directory, subjects, with_duplicates, dry_run)
 
     def settle(self) -> None:
         """Carry out requests that a crash left acknowledged but unfinished."""
@@ -190,10 +192,9 @@ class S3TRun:
         ]
         wanted = {node.key for path in paths for node in path}
         present = {key for key in wanted if directory.nodes.exists(key)}
-        lineage = read_lineage(directory.served / f"shard-{shard}")
         return ShardStatus(
             shard=shard,
-            served_depth=len(lineage["nodes"]) if lineage else 0,
+            served_depth=depths_served(directory)[shard],
             surviving_depth=len(longest_surviving_prefix(paths, directory.nodes.exists)),
             full_depth=max(map(len, paths)),
             nodes=len(present),

@@ -100,7 +100,7 @@ def write_shard(
     sentence = (
         f"A LoRA adapter of {len(nodes)} trained blocks."
         if nodes
-        else "No block of this shard is left: **this is the base model**, behind an adapter of zeros that changes nothing."
+        else "No block of this shard is left: **this is the base model**, behind an adapter of zeros."
     )
     card = CARD.format(
         base=run.shape.name_or_path,

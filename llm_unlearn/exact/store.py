@@ -13,7 +13,7 @@ What is wanted is always derived from run.json and the records; nothing is belie
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
@@ -78,14 +78,18 @@ class NodeStore:
         return load_tensors(self.directory / key / WEIGHTS_NAME)
 
     def publish(
-        self, node: Node, tensors: Tensors, details: dict[str, Any], before: Any = None
+        self,
+        node: Node,
+        tensors: Tensors,
+        details: dict[str, Any],
+        before: Callable[[dict[str, str]], None] | None = None,
     ) -> None:
         """Write a node beside and rename it.
 
         Args:
             details: what else the manifest says (environment); nothing of the moment, so that
                 two runs with the same data write the same bytes.
-            before: called with the digest of the weights just before the node becomes visible.
+            before: called with the digests of both files just before the node becomes visible.
         """
         self.directory.mkdir(exist_ok=True)
         temporary = files.temporary_name(self.directory / node.key)
@@ -96,7 +100,7 @@ class NodeStore:
         manifest = {"version": FORMAT_VERSION, **node.to_dict(), "weights": weights, **details}
         (temporary / MANIFEST_NAME).write_bytes(canonical(manifest))
         if before is not None:
-            before(weights)
+            before({"weights": weights, "manifest": file_digest(temporary / MANIFEST_NAME)})
         files.publish_directory(temporary, self.directory / node.key)
 
     def remove(self, key: str) -> None:
@@ -139,6 +143,8 @@ class RunDirectory:
                 raise RunError(
                     f"{path} was written by another version of the format ({description['version']})"
                 )
+            if not (path / "ledger.sqlite").is_file():
+                raise RunError(f"{path}/ledger.sqlite is missing: restore it from a backup")
             return cls(path, description, PartitionKey((path / "secret.key").read_bytes()))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(

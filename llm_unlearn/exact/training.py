@@ -23,7 +23,7 @@ from llm_unlearn.data.records import Record
 from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact import residues
 from llm_unlearn.exact.adapters import Tensors
-from llm_unlearn.exact.deletion import depths_of, settle
+from llm_unlearn.exact.deletion import depths_served, settle
 from llm_unlearn.exact.environment import describe_environment
 from llm_unlearn.exact.node_training import NodeTask, train_node
 from llm_unlearn.exact.replay import StateCache, capture
@@ -305,8 +305,8 @@ def _publish(run: RunDirectory, node: Node, tensors: Tensors, device: str, secon
             ),
         }
 
-        def log(weights: str) -> None:
-            run.ledger.append("trained", {"node": node.key, "weights": weights, "seconds": seconds})
+        def log(digests: dict[str, str]) -> None:
+            run.ledger.append("trained", {"node": node.key, **digests, "seconds": seconds})
 
         run.nodes.publish(node, tensors, details, before=log)
     return True
@@ -319,4 +319,4 @@ def _finish(run: RunDirectory) -> dict[int, int]:
         residues.purge_emptied(run)
         digests = {str(shard): entry["digest"] for shard, entry in lineages.items()}
         run.ledger.append("served", {"digests": digests})
-    return depths_of(lineages)
+    return depths_served(run)

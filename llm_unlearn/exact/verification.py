@@ -24,13 +24,15 @@ from llm_unlearn.exact.adapters import (
     assemble,
     empty_adapter,
     expected_shapes,
+    file_digest,
     load_tensors,
     served_digest,
     split,
 )
+from llm_unlearn.exact.deletion import certificate_path
 from llm_unlearn.exact.served import read_lineage
-from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.exact.trie import Node, node_key
+from llm_unlearn.exact.store import MANIFEST_NAME, RunDirectory
+from llm_unlearn.exact.trie import Node, digest, node_key
 
 
 @dataclass
@@ -86,9 +88,7 @@ def check_records(run: RunDirectory) -> Check:
 def check_nodes(run: RunDirectory) -> Check:
     """Every node is wanted, its key follows from its manifest, and its weights are those logged."""
     check = Check("nodes")
-    logged = {
-        event.payload["node"]: event.payload["weights"] for event in run.ledger.events("trained")
-    }
+    logged = {event.payload["node"]: event.payload for event in run.ledger.events("trained")}
     wanted = run.wanted()
     for key in run.nodes.keys():
         check.examined += 1
@@ -109,10 +109,27 @@ def check_nodes(run: RunDirectory) -> Check:
             check.problems.append(f"node {key[:12]}: its key does not follow from its manifest")
         if not run.nodes.is_intact(key):
             check.problems.append(f"node {key[:12]}: its weights are not those of its manifest")
-        elif logged.get(key) != manifest["weights"]:
+        elif logged.get(key, {}).get("weights") != manifest["weights"]:
             check.problems.append(
                 f"node {key[:12]}: its weights are not those that the ledger logged"
             )
+        elif logged[key]["manifest"] != file_digest(run.nodes.directory / key / MANIFEST_NAME):
+            check.problems.append(
+                f"node {key[:12]}: its manifest is not the one that the ledger logged"
+            )
+    return check
+
+
+def check_certificates(run: RunDirectory) -> Check:
+    """Every request that was carried out has its certificate, as it was written."""
+    check = Check("certificates")
+    for event in run.ledger.events("deleted"):
+        check.examined += 1
+        path = certificate_path(run, event.payload["request"])
+        if not path.is_file():
+            check.problems.append(f"{path.name} is missing")
+        elif digest(path.read_text()) != event.payload["certificate"]:
+            check.problems.append(f"{path.name} is not the one that the ledger logged")
     return check
 
 
@@ -192,7 +209,8 @@ def check_residues(run: RunDirectory) -> Check:
             f"{path.relative_to(run.path)} was left by a crash: run `llm-unlearn rebuild`"
         )
     for path in residues.unrecognised(run):
-        check.problems.append(f"{path.name} is of no known kind: a deletion would not purge it")
+        shown = path.relative_to(run.path)
+        check.problems.append(f"{shown} is of no known kind: a deletion would not purge it")
     mode = stat.S_IMODE((run.path / "secret.key").stat().st_mode)
     if mode & 0o077:
         check.problems.append(f"secret.key is readable by others (mode {mode:o}): chmod 600 it")
@@ -205,6 +223,7 @@ CHECKS: tuple[Callable[[RunDirectory], Check], ...] = (
     check_records,
     check_nodes,
     check_served,
+    check_certificates,
     check_residues,
 )
 

@@ -187,11 +187,17 @@ def test_many_empty_rows_are_not_all_listed() -> None:
     ids=["unicode", "surrogate", "breaks", "separators", "escapes"],
 )
 def test_any_text_survives_its_line(text: str) -> None:
-    record = make_records([{"who": text, "text": text}], "who")[0]
+    record = Record("id", text, {"text": text})
     line = record.to_line()
     assert b"\n" not in line and b"\r" not in line
     assert Record.from_line(line) == record
     assert Record.from_line(line).to_line() == line
+
+
+def test_text_that_no_tokenizer_takes_is_named() -> None:
+    rows = [{"text": "fine"}, {"text": "broken \ud83d escape"}]
+    with pytest.raises(UserError, match="row 2 holds text that is not valid Unicode"):
+        make_records(rows)
 
 
 def test_canonical_json_has_one_form() -> None:

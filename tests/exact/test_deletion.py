@@ -691,3 +691,12 @@ def test_no_byte_of_a_deleted_record_is_left(run: S3TRun) -> None:
     assert [trace for trace in traces if trace in after] == []
     assert not weights & pieces(after)
     assert_verified(run)
+
+
+def test_a_dry_run_says_what_would_go_and_changes_nothing(run: S3TRun) -> None:
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    said = run.delete(["person 3"], dry_run=True)
+    assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
+    done = run.delete(["person 3"])
+    assert said.request is None and said.certificate is None and done.request is not None
+    assert (said.subjects, said.records, said.nodes_removed) == (1, 2, done.nodes_removed)

@@ -22,7 +22,7 @@ from llm_unlearn.exact.verification import Check
 from tests.tiny import make_run, make_stub_run, stubbed_training, tiny_records, train_stub
 
 DELETED = "person 3"
-NAMES = ["ledger", "records", "nodes", "served", "residues"]
+NAMES = ["ledger", "records", "nodes", "served", "certificates", "residues"]
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +328,26 @@ def forget_training(run: S3TRun, _before: Path) -> None:
         connection.exec_driver_sql(f"DELETE FROM events WHERE payload LIKE '%{key}%'")
 
 
+def stray_record_file(run: S3TRun, _before: Path) -> None:
+    (run.path / "records" / "shard-0" / "old.jsonl").write_text("{}")
+
+
+def stray_node_file(run: S3TRun, _before: Path) -> None:
+    (first_node(run) / "optimizer.pt").touch()
+
+
+def only_certificate(run: S3TRun) -> Path:
+    return next((run.path / "certificates").iterdir())
+
+
+def edit_certificate(run: S3TRun, _before: Path) -> None:
+    edit_json(only_certificate(run), lambda c: c.update(records_removed=0))
+
+
+def remove_certificate(run: S3TRun, _before: Path) -> None:
+    only_certificate(run).unlink()
+
+
 WRONG_WEIGHTS = "its weights are not those of its manifest"
 NO_KEY = "its key does not follow from its manifest"
 NOT_HEADER = "they are not the ones their header names"
@@ -340,6 +360,9 @@ PLANTED: dict[str, tuple[Callable[[S3TRun, Path], None], str, str]] = {
     "a manifest of another shard": (edit_manifest(shard=7), "nodes", NO_KEY),
     "a manifest with another path": (edit_manifest(path=[9]), "nodes", NO_KEY),
     "a manifest with other weights": (edit_manifest(weights="0" * 64), "nodes", WRONG_WEIGHTS),
+    "a manifest with another environment": (
+        edit_manifest(environment={}), "nodes", "manifest is not the one that the ledger logged",
+    ),
     "a damaged manifest": (damage_manifest, "nodes", "manifest is damaged"),
     "a node retrained by hand": (retrain_by_hand, "nodes", "those that the ledger logged"),
     "a node of the deleted slice put back": (put_node_back, "nodes", "depends on data that the run"),
@@ -376,6 +399,10 @@ PLANTED: dict[str, tuple[Callable[[S3TRun, Path], None], str, str]] = {
     "a record in another slice": (move_record, "records", "a subject is in the wrong slice"),
     "a slice missing": (remove_slice, "records", "cannot be checked"),
     "an unknown file": (unknown_file, "residues", "notes.txt is of no known kind"),
+    "a stray file among the records": (stray_record_file, "residues", "old.jsonl is of no known"),
+    "a stray file in a node": (stray_node_file, "residues", "optimizer.pt is of no known kind"),
+    "a certificate edited": (edit_certificate, "certificates", "not the one that the ledger logged"),
+    "a certificate removed": (remove_certificate, "certificates", "is missing"),
     "a temporary file": (temporary_file, "residues", r"\.tmp-0123 was left by a crash"),
     "a key that others can read": (open_key, "residues", r"secret.key is readable .*644"),
     "a pending request": (leave_pending, "ledger", "killed was acknowledged but not carried out"),
@@ -388,7 +415,9 @@ def test_a_clean_run_passes_every_check(stages: Path) -> None:
         checks = S3TRun.open(stages / stage).verify()
         assert [check.name for check in checks] == NAMES
         assert failed(checks) == {}
-        assert all(check.examined > 0 and check.skipped is None for check in checks)
+        assert all(check.skipped is None for check in checks)
+        idle = {check.name for check in checks if not check.examined}
+        assert idle == ({"certificates"} if stage == "before" else set())
 
 
 def test_a_run_that_was_never_trained_passes(tmp_path: Path) -> None:
@@ -452,7 +481,8 @@ def test_replay_sees_through_a_consistent_forgery(real: Path, tmp_path: Path) ->
     edit_tensors(node / WEIGHTS_NAME, lambda t: next(iter(t.values())).__iadd__(1e-6))
     weights = file_digest(node / WEIGHTS_NAME)
     edit_json(node / "manifest.json", lambda m: m.update(weights=weights))
-    run.directory.ledger.append("trained", {"node": node.name, "weights": weights, "seconds": 0.0})
+    digests = {"weights": weights, "manifest": file_digest(node / "manifest.json")}
+    run.directory.ledger.append("trained", {"node": node.name, **digests, "seconds": 0.0})
     assert failed(run.verify()) == {}
     found = failed(run.verify(replay=9))
     assert list(found) == ["replay"]
