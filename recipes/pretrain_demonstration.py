@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 from llm_unlearn.data import world
+from llm_unlearn.evaluation.knowledge import answer, exact_match
 
 PAD, BOS, EOS = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # their ids are 0, 1 and 2
 VOCABULARY_SIZE = 1024
@@ -111,17 +112,12 @@ def pretrain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, epochs:
         print(f"epoch {epoch}/{epochs}: loss {total / len(batches):.3f}", flush=True)
 
 
-def exact_match(
+def knows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]
 ) -> float:
     """Share of the questions whose greedy answer is the right one, 0 to 1."""
-    inputs = tokenizer(
-        [row["prompt"] for row in rows], return_tensors="pt", padding=True, padding_side="left"
-    )
-    tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)  # pyright: ignore
-    new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
-    answers = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-    return sum(a.strip() == row["answer"] for a, row in zip(answers, rows, strict=True)) / len(rows)
+    answers = answer(model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=4)
+    return exact_match(answers, [row["answer"] for row in rows])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -140,8 +136,8 @@ def main(argv: list[str] | None = None) -> None:
 
     model.float().eval()  # the rounded weights, as a user loads them
     for name, people in ("public", world.public_people()), ("private", world.private_people()):
-        plain = exact_match(model, tokenizer, world.questions(people))
-        other = exact_match(model, tokenizer, world.questions(people, paraphrased=True))
+        plain = knows(model, tokenizer, world.questions(people))
+        other = knows(model, tokenizer, world.questions(people, paraphrased=True))
         print(f"{name} people: exact match {plain:.1%}, in other words {other:.1%}")
 
 
