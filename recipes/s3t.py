@@ -24,6 +24,7 @@ hold for each node: --help_all lists them. Afterwards: llm-unlearn status|delete
 """
 
 import sys
+from pathlib import Path
 
 from llm_unlearn.console import print_table, run_and_exit, training_progress, warn
 from llm_unlearn.launch import check_processes, expand_help, wants_short_help
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
 
     from llm_unlearn import demonstration
     from llm_unlearn.data.sources import DataArguments, load_records
-    from llm_unlearn.exact.arguments import S3TConfig
+    from llm_unlearn.exact.arguments import S3TConfig, make_config
     from llm_unlearn.exact.base_model import load_base
     from llm_unlearn.exact.run import S3TRun
 
@@ -54,24 +55,19 @@ def main(argv: list[str]) -> None:
 
     state = PartialState()
     check_processes(state.num_processes)
-    options = {
-        "dtype": model_arguments.dtype,
-        "attn_implementation": model_arguments.attn_implementation,
-    }
+    # Whatever can be wrong with flags and data is found before a large model is loaded. A run that
+    # is there keeps its own records, so the data is not read again.
+    config = make_config(arguments, model_arguments)
+    is_new = not Path(arguments.output_dir, "run.json").exists()
+    records = load_records(data) if is_new and state.is_main_process else []
     if data.is_demonstration:
         logging.disable_progress_bar()
     model, tokenizer = load_base(
-        model_arguments.model_name_or_path, model_arguments.model_revision, options
+        model_arguments.model_name_or_path, model_arguments.model_revision, config.model
     )
     with state.main_process_first():
         run = S3TRun.create(
-            arguments.output_dir,
-            lambda: load_records(data),
-            arguments,
-            model,
-            tokenizer,
-            model_arguments,
-            data.source,
+            arguments.output_dir, records, arguments, model, tokenizer, model_arguments, data.source
         )
     if state.is_main_process:
         for line in run.warnings():

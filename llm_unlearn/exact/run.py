@@ -1,7 +1,7 @@
 """`S3TRun`: the one object that a program needs, thin over the rest of `exact`."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +79,7 @@ class S3TRun:
     def create(
         cls,
         path: str | Path,
-        records: Sequence[Record] | Callable[[], Sequence[Record]],
+        records: Sequence[Record],
         arguments: "S3TConfig",
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
@@ -89,7 +89,7 @@ class S3TRun:
         """Partition records into a new run, or go on with the one at `path` if it fits.
 
         An existing run keeps its own records, without what was deleted from it: the records given
-        here are not looked at again, and a function that would load them is not called.
+        here are not looked at again.
 
         Raises:
             UserError: impossible flags, or a run of another configuration or base model.
@@ -108,7 +108,6 @@ class S3TRun:
             if key is not None and key.salt_id != directory.key.salt_id:
                 raise UserError(f"{path} was made with another key than {arguments.key_path}")
             return cls(directory)
-        records = records() if callable(records) else records
         return cls(RunDirectory.create(path, records, config, shape, key, source))
 
     @property
