@@ -26,6 +26,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from llm_unlearn.data.encoding import IGNORED, Example
+from llm_unlearn.errors import RunError
 from llm_unlearn.exact.adapters import Tensors, adapter_config, assemble, expected_shapes
 from llm_unlearn.exact.config import ModelShape, RunConfig
 from llm_unlearn.exact.environment import make_deterministic
@@ -97,7 +98,6 @@ class NodeTrainer(SFTTrainer):
         states = inputs.pop("prefix_states", None)
         if states is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Under mixed precision the layers below would have handed on their own type.
         base = self.accelerator.unwrap_model(model).get_base_model()
         with replay(base, self.boundary, states.requires_grad_(), self.layers_return_tuple):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -182,7 +182,7 @@ def read_block(model: PeftModel, node: Node, shape: ModelShape) -> Tensors:
     """The trained tensors of the block, as they go to disk.
 
     Raises:
-        IsolationError: the block holds a value that is not finite.
+        RunError: the block holds a value that is not finite.
     """
     wanted = expected_shapes(node, shape)
     parameters = dict(model.named_parameters())
@@ -192,8 +192,9 @@ def read_block(model: PeftModel, node: Node, shape: ModelShape) -> Tensors:
     }
     assert all(tensors[name].shape == size for name, size in wanted.items())
     if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
-        raise IsolationError(
-            "training diverged: the block holds values that are not finite; lower --learning_rate"
+        raise RunError(
+            "training diverged: the block holds values that are not finite, so it was not kept; "
+            "lower --learning_rate"
         )
     return tensors
 
@@ -213,7 +214,8 @@ def train_node(
         The tensors of the block, named as PEFT names them.
 
     Raises:
-        IsolationError: a tensor outside the block changed, or training diverged.
+        IsolationError: a tensor outside the block changed.
+        RunError: training diverged.
     """
     with ExitStack() as stack:
         stack.callback(_restore, base)
