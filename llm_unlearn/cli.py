@@ -106,8 +106,10 @@ def _print_status(current: "RunStatus") -> None:
         f"{current.requests} requests, {current.pending_requests} pending, "
         f"{current.deleted_subjects} subjects deleted; {current.storage_bytes / 1e6:.1f} MB on disk"
     )
+    if not current.is_served:
+        print("nothing is served yet")
     for shard in current.shards:
-        if shard.served_depth == 0:
+        if current.is_served and shard.served_depth == 0:
             print(f"shard {shard.shard} serves the base model")
     if any(shard.missing_nodes for shard in current.shards):
         print(f"to train what is missing: llm-unlearn rebuild {current.path}")

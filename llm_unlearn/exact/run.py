@@ -48,6 +48,7 @@ class RunStatus:
     blocks: str
     slice_data: str
     shards: list[ShardStatus]
+    is_served: bool
     requests: int
     pending_requests: int
     deleted_subjects: int
@@ -173,6 +174,7 @@ class S3TRun:
             blocks=directory.config.blocks,
             slice_data=directory.config.slice_data,
             shards=[self._shard_status(shard) for shard in directory.shards],
+            is_served=directory.served.exists(),
             requests=len(requests),
             pending_requests=sum(request.finished_at is None for request in requests),
             deleted_subjects=sum(
