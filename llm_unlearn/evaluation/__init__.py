@@ -1,1 +1,1 @@
-"""Evaluation: what a model knows. Imports neither exact nor approximate methods."""
+"""Evaluation: what a model knows, and scores with intervals. Imports no unlearning method."""
