@@ -25,10 +25,8 @@ FLAGS = (
     "--warmup_steps", "5", "--lr_scheduler_type", "cosine", "--max_length", "64", "--num_threads", "1",
 )  # fmt: skip
 
-
-PUBLIC_SAMPLE = (
-    48  # people of the pre-training corpus who are asked about: what training costs them
-)
+# People of the pre-training corpus who are asked about: what training costs them.
+PUBLIC_SAMPLE = 48
 
 
 @dataclass(frozen=True)

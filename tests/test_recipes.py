@@ -12,6 +12,7 @@ import pytest
 from peft import PeftModel
 
 from llm_unlearn.console import exit_code_of
+from llm_unlearn.data.partition import PartitionKey
 from llm_unlearn.exact.run import S3TRun
 from tests.tiny import load_tiny, make_rows, node_bytes
 
@@ -159,9 +160,11 @@ def test_the_demonstration_reaches_its_bars(tmp_path: Path) -> None:
     from llm_unlearn.exact.arguments import S3TConfig
     from llm_unlearn.exact.base_model import load_base
 
+    key = tmp_path / "key"
+    key.write_bytes(PartitionKey.from_phrase("demonstration").secret)
     parser = TrlParser([DataArguments, S3TConfig, ModelConfig])
     data, arguments, model_arguments = parser.parse_args_and_config(
-        [*FLAGS, "--output_dir", str(tmp_path / "run")]
+        [*FLAGS, "--output_dir", str(tmp_path / "run"), "--key_path", str(key)]
     )
     model_arguments.model_name_or_path = str(MODEL_PATH)
     model, tokenizer = load_base(str(MODEL_PATH))

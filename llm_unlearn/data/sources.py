@@ -78,8 +78,8 @@ def read_hub_rows(
 ) -> list[Mapping[str, Any]]:
     """All rows of a split of a Hub dataset.
 
-    The library's cache goes to a temporary directory that is removed: a cache of the text would
-    outlive a deletion.
+    The rows are streamed, since a download would leave the files in the Hub's own cache, where the
+    text would outlive a deletion; what else the library caches goes to a directory that is removed.
 
     Raises:
         UserError: the dataset, its configuration or the Hub cannot be reached.
@@ -88,8 +88,8 @@ def read_hub_rows(
 
     with tempfile.TemporaryDirectory(prefix="llm-unlearn-") as cache:
         try:
-            loaded = datasets.load_dataset(name, config, split=split, cache_dir=cache)
-            return list(loaded)  # pyright: ignore[reportReturnType]
+            rows = datasets.load_dataset(name, config, split=split, cache_dir=cache, streaming=True)
+            return list(rows)  # pyright: ignore[reportReturnType]
         except (OSError, ValueError, RuntimeError) as error:
             reason = (
                 str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

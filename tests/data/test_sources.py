@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from llm_unlearn.data.records import make_records
-from llm_unlearn.data.sources import DataArguments, load_records, read_rows
+from llm_unlearn.data.sources import DataArguments, load_records, read_hub_rows, read_rows
 from llm_unlearn.errors import UserError
 
 ROWS = [
@@ -124,6 +124,26 @@ def test_the_arguments_reach_the_records(tmp_path: Path) -> None:
 def test_a_name_and_a_path_are_not_both_given() -> None:
     with pytest.raises(UserError, match="not both"):
         load_records(DataArguments(dataset_name="a/b", dataset_path="c.json"))
+
+
+def test_a_dataset_by_name_is_read_and_leaves_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory stands in for the Hub: the same loader, split and columns."""
+    home = tmp_path / "home"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", home)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "somebody").mkdir()
+    write(tmp_path / "somebody" / "train.jsonl", "lines")
+    assert read_hub_rows(str(tmp_path / "somebody")) == ROWS
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert not home.exists() or not [path for path in home.rglob("*") if path.is_file()]
+
+
+def test_a_dataset_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(UserError, match="cannot load dataset 'nobody/nothing'"):
+        read_hub_rows("nobody/nothing")
 
 
 @pytest.mark.skipif(not TOFU.is_file(), reason="the TOFU data set is not beside the repository")
