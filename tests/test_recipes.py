@@ -83,6 +83,9 @@ BAD = [
     (["--num_slices", "9", "--blocks", "layers"], "the model has 4"),
     (["--num_slices", "9"], "--lora_r is 4"),
     (["--num_sequences", "3"], "num_sequences"),
+    (["--push_to_hub", "true"], "--push_to_hub is refused: publish RUN/served"),
+    (["--eos_token", "</s>"], "--eos_token is refused"),
+    (["--dataset_text_field", "body"], "rename column 'body' to text"),
     (["--packing", "true"], "--packing is refused: a packed sequence mixes records"),
     (
         ["--load_best_model_at_end", "true", "--eval_strategy", "no", "--save_strategy", "no"],

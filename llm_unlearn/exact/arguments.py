@@ -48,13 +48,20 @@ NOT_STORED_PREFIXES = (
     "dataset_",
 )
 
-# What would let one record's presence decide the bits of a node that it is not in, and why.
+# What would let one record's presence decide the bits of a node that it is not in, what would be
+# ignored without a word, and why.
 REFUSED: dict[str, str] = {
     "packing": "a packed sequence mixes records of different subjects",
     "padding_free": "a padding-free batch mixes records of different subjects",
     "load_best_model_at_end": "the best checkpoint would be chosen by looking at deletable data",
     "auto_find_batch_size": "the batch size, hence the bits, would depend on the free memory",
     "assistant_only_loss": "say --completion_only_loss, which covers chats too",
+    "chat_template_path": "it adds trainable tokens, which all slices would share",
+    "eos_token": "set it in the tokenizer: it is part of what the run is made of",
+    "pad_token": "set it in the tokenizer: it is part of what the run is made of",
+    "model_init_kwargs": "say --dtype and --attn_implementation",
+    "trust_remote_code": "code from a model repository is not run",
+    "push_to_hub": "publish RUN/served afterwards; the trainer would push what it trains",
     "use_liger_kernel": "its kernels were not checked for bitwise reproducibility",
     "resume_from_checkpoint": "an interrupted run resumes by itself: start it again on the same --output_dir",
 }
@@ -139,6 +146,10 @@ def check_arguments(arguments: S3TConfig, model_arguments: ModelConfig) -> None:
     if str(arguments.train_sampling_strategy) != "random":
         raise UserError(
             "--train_sampling_strategy is refused: batches must not depend on other records' lengths"
+        )
+    if arguments.dataset_text_field != "text":
+        raise UserError(
+            f"--dataset_text_field is refused: rename column {arguments.dataset_text_field!r} to text"
         )
     if arguments.report_to not in (["none"], [], "none", None):
         raise UserError(

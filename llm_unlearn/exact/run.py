@@ -173,7 +173,10 @@ class S3TRun:
             base_model=directory.shape.name_or_path,
             blocks=directory.config.blocks,
             slice_data=directory.config.slice_data,
-            shards=[self._shard_status(shard) for shard in directory.shards],
+            shards=[
+                self._shard_status(shard, depth)
+                for shard, depth in depths_served(directory).items()
+            ],
             is_served=directory.served.exists(),
             requests=len(requests),
             pending_requests=sum(request.finished_at is None for request in requests),
@@ -184,7 +187,7 @@ class S3TRun:
             warnings=self.warnings(),
         )
 
-    def _shard_status(self, shard: int) -> ShardStatus:
+    def _shard_status(self, shard: int, served_depth: int) -> ShardStatus:
         directory = self.directory
         paths = directory.paths(shard)
         headers = [
@@ -195,7 +198,7 @@ class S3TRun:
         present = {key for key in wanted if directory.nodes.exists(key)}
         return ShardStatus(
             shard=shard,
-            served_depth=depths_served(directory)[shard],
+            served_depth=served_depth,
             surviving_depth=len(longest_surviving_prefix(paths, directory.nodes.exists)),
             full_depth=max(map(len, paths)),
             nodes=len(present),

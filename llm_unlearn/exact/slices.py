@@ -141,14 +141,23 @@ class SliceStore:
                 lines = (line for line in lines if _quoted_subject(line) in wanted)
             return [Record.from_line(line) for line in lines]
         except (ValueError, TypeError):
-            raise RunError(
-                f"{self.path(name)} is damaged: a line is not a record; run `llm-unlearn verify`"
-            ) from None
+            raise self._damaged(name) from None
+
+    def _damaged(self, name: SliceName) -> RunError:
+        path = self.path(name)
+        return RunError(f"{path} is damaged: a line is not a record; run `llm-unlearn verify`")
 
     def remove(self, name: SliceName, tombstones: set[str]) -> int:
-        """Rewrite a slice without the tombstoned subjects and records; returns how many went."""
+        """Rewrite a slice without the tombstoned subjects and records; returns how many went.
+
+        Raises:
+            RunError: a line is not a record; nothing was rewritten.
+        """
         entries = self._entries(name)
-        gone = self._are_gone([line for _, line, _ in entries], tombstones)
+        try:
+            gone = self._are_gone([line for _, line, _ in entries], tombstones)
+        except (ValueError, TypeError):
+            raise self._damaged(name) from None
         kept = [entry for entry, is_gone in zip(entries, gone, strict=True) if not is_gone]
         if len(kept) < len(entries):
             self._write(name, kept)

@@ -115,7 +115,6 @@ class RunDirectory:
 
     def __init__(self, path: Path, description: dict[str, Any], key: PartitionKey):
         self.path = path
-        self.description = description
         self.config = RunConfig.from_dict(description["config"])
         self.shape = ModelShape.from_dict(description["model"])
         self.key = key

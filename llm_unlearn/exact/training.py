@@ -174,7 +174,6 @@ def _prepare(run: RunDirectory, tokenizer: PreTrainedTokenizerBase, progress: Pr
     """
     with run.changing("preparing to train it"):
         settle(run)
-        residues.purge_temporary(run)
         wanted = run.wanted()
         residues.purge_nodes(run, set(wanted))
         for key in run.nodes.keys():

@@ -254,20 +254,21 @@ def replay_nodes(run: RunDirectory, count: int, seed: int | None = None) -> Chec
     from llm_unlearn.exact.training import train_again
 
     check = Check("replay")
-    keys = [key for key in run.nodes.keys() if key in run.wanted()]
+    wanted = run.wanted()
+    keys = [key for key in run.nodes.keys() if key in wanted]
     chosen = random.Random(seed).sample(keys, min(count, len(keys)))
     if not chosen:
         check.skipped = "no node has been trained"
         return check
     base, tokenizer = load_base_of(run)
     elsewhere = 0
+    here = describe_environment(_device(run), 1, run.config.num_threads)
     for key in chosen:
-        here = describe_environment("cuda" if _uses_cuda() else "cpu", 1, run.config.num_threads)
         if run.nodes.manifest(key)["environment"] != here:
             elsewhere += 1
             continue
         check.examined += 1
-        again = train_again(run, base, tokenizer, run.wanted()[key])
+        again = train_again(run, base, tokenizer, wanted[key])
         held = run.nodes.load(key)
         if any(again[name].tobytes() != held[name].tobytes() for name in held):
             check.problems.append(f"node {key[:12]}: training it again gives other bits")
@@ -278,7 +279,9 @@ def replay_nodes(run: RunDirectory, count: int, seed: int | None = None) -> Chec
     return check
 
 
-def _uses_cuda() -> bool:
+def _device(run: RunDirectory) -> str:
+    """Where training this run would compute here."""
     import torch
 
-    return torch.cuda.is_available()
+    use_cpu = run.config.runtime.get("use_cpu") or not torch.cuda.is_available()
+    return "cpu" if use_cpu else "cuda"

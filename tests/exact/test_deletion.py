@@ -700,3 +700,26 @@ def test_a_dry_run_says_what_would_go_and_changes_nothing(run: S3TRun) -> None:
     done = run.delete(["person 3"])
     assert said.request is None and said.certificate is None and done.request is not None
     assert (said.subjects, said.records, said.nodes_removed) == (1, 2, done.nodes_removed)
+
+
+def test_a_damaged_slice_stops_an_interrupted_request_in_one_line(
+    run: S3TRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Acknowledged, then killed, then damaged: nothing is rewritten, and the request waits."""
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_unlearn.exact.slices.SliceStore.remove", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.delete(["person 3"])
+    path = run.directory.slices.path(run.directory.slices.place("person 3"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"not a record\n")
+    with pytest.raises(RunError, match="a line is not a record"):
+        run.settle()
+    path.write_bytes(whole)
+    run.settle()
+    assert run.status().pending_requests == 0
+    assert all(check.passed for check in run.verify())
+
+
+def _killed(*_: object) -> int:
+    raise KeyboardInterrupt
