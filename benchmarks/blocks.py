@@ -27,7 +27,8 @@ from llm_unlearn.data.partition import PartitionKey, SliceName
 from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.data.sources import read_rows
 from llm_unlearn.demonstration import MODEL_PATH
-from llm_unlearn.evaluation.knowledge import answer, exact_match
+from llm_unlearn.evaluation.scorer import answer
+from llm_unlearn.evaluation.text import exact_match
 from llm_unlearn.exact.arguments import S3TConfig, make_config, make_shape
 from llm_unlearn.exact.base_model import load_base
 from llm_unlearn.exact.run import S3TRun

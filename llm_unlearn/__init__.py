@@ -3,10 +3,11 @@
 Names are imported when they are used, so that the command line starts quickly.
 """
 
-import importlib
 import os
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from llm_unlearn.lazy import importer
 
 # A privacy tool does not tell anybody what it trains on.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -18,6 +19,7 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", categ
 if TYPE_CHECKING:
     from llm_unlearn.data.records import Record, make_records
     from llm_unlearn.errors import RunError, UserError
+    from llm_unlearn.evaluation.harness import evaluate_suite
     from llm_unlearn.exact.arguments import S3TConfig
     from llm_unlearn.exact.ensemble import ShardEnsemble
     from llm_unlearn.exact.run import S3TRun
@@ -29,6 +31,7 @@ _HOMES = {
     "S3TRun": "llm_unlearn.exact.run",
     "ShardEnsemble": "llm_unlearn.exact.ensemble",
     "UserError": "llm_unlearn.errors",
+    "evaluate_suite": "llm_unlearn.evaluation.harness",
     "make_records": "llm_unlearn.data.records",
 }
 
@@ -39,12 +42,10 @@ __all__ = [
     "S3TRun",
     "ShardEnsemble",
     "UserError",
+    "evaluate_suite",
     "make_records",
 ]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = importer(__name__, _HOMES)

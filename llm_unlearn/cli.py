@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llm_unlearn.exact.run import RunStatus, S3TRun
 
 app = typer.Typer(
-    help="Exact unlearning: plan, delete, rebuild and verify runs made by recipes/s3t.py.",
+    help="Exact unlearning: plan, delete, rebuild and verify runs made by recipes/s3t.py; compare evaluations.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,10 +29,6 @@ def _open(path: Path) -> "S3TRun":
     from llm_unlearn.exact.run import S3TRun
 
     return S3TRun.open(path)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, sort_keys=True, default=str))
 
 
 @app.command()
@@ -65,7 +61,7 @@ def plan(  # noqa: PLR0913 - typer makes an option of every argument
     if plot is not None:
         plot_plan(made, plot)
     if as_json:
-        _print_json(made.to_dict())
+        console.print_json(made.to_dict())
         return
     console.print_table(
         f"m={num_shards} shards, L={num_slices} slices, B={num_sequences} sequences",
@@ -79,7 +75,7 @@ def status(run: RunPath, as_json: Json = False) -> None:
     """What a run holds and serves, and which requests it has answered."""
     current = _open(run).status()
     if as_json:
-        _print_json(current.to_dict())
+        console.print_json(current.to_dict())
     else:
         _print_status(current)
 
@@ -143,7 +139,7 @@ def delete(
     done = opened.delete(subjects, with_duplicates, dry_run)
     trained = _rebuild(opened, quiet=as_json) if rebuild and not dry_run else None
     if as_json:
-        _print_json({**asdict(done), "dry_run": dry_run, "rebuilt_nodes": trained})
+        console.print_json({**asdict(done), "dry_run": dry_run, "rebuilt_nodes": trained})
         return
     _print_deletion(done, dry_run)
     if trained is not None:
@@ -206,7 +202,7 @@ def rebuild(run: RunPath, as_json: Json = False) -> None:
     """Finish pending requests, then train every missing or damaged node."""
     trained = _rebuild(_open(run), quiet=as_json)
     if as_json:
-        _print_json({"rebuilt_nodes": trained})
+        console.print_json({"rebuilt_nodes": trained})
     else:
         print(f"trained {trained} nodes" if trained else "nothing was missing")
 
@@ -222,7 +218,7 @@ def verify(
     """Check ledger, records, nodes, what is served and residues; exit 1 if anything is wrong."""
     checks = _open(run).verify(replay)
     if as_json:
-        _print_json([{**vars(check), "passed": check.passed} for check in checks])
+        console.print_json([{**vars(check), "passed": check.passed} for check in checks])
     else:
         for check in checks:
             verdict = "ok" if check.passed else "FAILED"
@@ -234,6 +230,37 @@ def verify(
                 print(f"        - {problem}")
     if not all(check.passed for check in checks):
         raise RunError(f"{run} failed verification")
+
+
+@app.command()
+def compare(
+    outs: Annotated[
+        list[Path], typer.Argument(metavar="OUT...", help="Directories of evaluations.")
+    ],
+    csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Write a booktabs table.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one page with the plot.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the trade-off as PNG.")] = None,
+    mixed: Annotated[bool, typer.Option(help="Allow different suites, profiles or data.")] = False,
+    across_seeds: Annotated[
+        bool, typer.Option(help="Means over runs of the same method or label.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluations side by side, with the retrained reference marked."""
+    from rich.markup import escape
+
+    from llm_unlearn.evaluation.compare import compare_command
+
+    found = compare_command(outs, csv, latex, html, plot, mixed, across_seeds)
+    if as_json:
+        console.print_json(found.to_dict())
+        return
+    rows = [[escape(cell) for cell in row] for row in found.to_rows()]
+    title = escape(f"{found.suite}, profile {found.profile}")
+    console.print_table(title, [escape(cell) for cell in found.header], rows)
+    for note in found.notes:
+        console.warn(escape(note))
 
 
 def main() -> None:

@@ -1,13 +1,21 @@
 """What a person sees: tables, a progress bar, and errors in one line."""
 
 import errno
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from llm_unlearn.errors import UserError
@@ -15,7 +23,8 @@ from llm_unlearn.errors import UserError
 if TYPE_CHECKING:
     from llm_unlearn.exact.trie import Node
 
-stdout = Console()
+# In a pipe or a file there is no width to keep to, and a squeezed table cannot be read.
+stdout = Console(width=None if sys.stdout.isatty() else 140)
 stderr = Console(stderr=True)
 
 
@@ -26,6 +35,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for row in rows:
         table.add_row(*map(str, row))
     stdout.print(table)
+
+
+def print_json(value: Any) -> None:
+    """For machines, on standard output."""
+    print(json.dumps(value, indent=2, sort_keys=True, default=str))
 
 
 def warn(message: str) -> None:
@@ -83,14 +97,48 @@ class TrainingProgress:
         warn(message)
 
 
-@contextmanager
-def training_progress(enabled: bool = True) -> Iterator[TrainingProgress]:
-    """A progress bar on standard error while the context is open."""
+def _bar(enabled: bool) -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=stderr, disable=not enabled, transient=True) as bar:
+    return Progress(*columns, console=stderr, disable=not enabled, transient=True)
+
+
+@contextmanager
+def training_progress(enabled: bool = True) -> Iterator[TrainingProgress]:
+    """A progress bar on standard error while the context is open."""
+    with _bar(enabled) as bar:
         yield TrainingProgress(bar)
+
+
+class EvaluationProgress:
+    """A bar over the rows that are put to a model."""
+
+    def __init__(self, bar: Progress):
+        self.bar = bar
+        self.task = bar.add_task("", total=None)
+
+    def start(self, what: str, total: int) -> None:
+        self.bar.reset(self.task, description=what, total=total, completed=0)
+
+    def advance(self, rows: int) -> None:
+        self.bar.advance(self.task, rows)
+
+
+@contextmanager
+def evaluation_progress(enabled: bool = True) -> Iterator[EvaluationProgress]:
+    """A progress bar on standard error while the context is open."""
+    with _bar(enabled) as bar:
+        yield EvaluationProgress(bar)
+
+
+@contextmanager
+def attack_progress(enabled: bool = True) -> Iterator[Callable[[str], None]]:
+    """Says on standard error what is being done, and for how long."""
+    columns = (TextColumn("{task.description}"), SpinnerColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, disable=not enabled, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what: bar.update(task, description=what)

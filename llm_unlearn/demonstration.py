@@ -12,7 +12,8 @@ from typing import Any
 from llm_unlearn.data import world
 from llm_unlearn.data.partition import SliceName
 from llm_unlearn.errors import UserError
-from llm_unlearn.evaluation.knowledge import answer, exact_match
+from llm_unlearn.evaluation.scorer import answer
+from llm_unlearn.evaluation.text import exact_match
 from llm_unlearn.exact.deletion import Deletion
 from llm_unlearn.exact.run import S3TRun
 

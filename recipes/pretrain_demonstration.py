@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 from llm_unlearn.data import world
-from llm_unlearn.evaluation.knowledge import answer, exact_match
+from llm_unlearn.evaluation.scorer import answer
+from llm_unlearn.evaluation.text import exact_match
 
 PAD, BOS, EOS = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # their ids are 0, 1 and 2
 VOCABULARY_SIZE = 1024

@@ -26,6 +26,11 @@ def canonical(value: object) -> bytes:
     return text.encode("utf-8", errors="surrogatepass")
 
 
+def digest(value: object) -> str:
+    """SHA-256 of the canonical JSON of a value, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One training example.

@@ -4,6 +4,8 @@ A score is computed from the log-probabilities of one example's tokens under the
 score here points the same way: higher = more likely a member (a training example). So an AUC of 1
 says that members give themselves away, 0.5 that they look like fresh text, 0 that they look
 *less* familiar than fresh text. muse_bench and open-unlearning negate the scores; see `privleak`.
+Any other number serves once it is oriented so: the norm of the gradient of an example's loss is
+smaller for members (open-unlearning's mia_gradnorm), so its score is the norm times -1.
 What cannot be scored is NaN, left out of an AUC and counted; log-probabilities above 0 or not in
 one list are a ValueError.
 """
@@ -51,10 +53,9 @@ class TruePositiveRate(NamedTuple):
 
 
 class PrivLeak(NamedTuple):
-    """Both forms of PrivLeak, in percent, and the AUCs (members positive) that they come from."""
+    """PrivLeak in percent, and the AUCs (members positive) that it comes from."""
 
-    corrected: float
-    muse: float
+    value: float
     auc: float
     retrain_auc: float
     n_unscorable: int
@@ -79,16 +80,19 @@ def zlib_score(log_probabilities: ArrayLike, text: str) -> float:
     return loss_score(log_probabilities) / len(zlib.compress(text.encode("utf-8")))
 
 
-def min_k_score(log_probabilities: ArrayLike, share: float = LOWEST_SHARE) -> float:
+def min_k_score(
+    log_probabilities: ArrayLike, share: float = LOWEST_SHARE, at_least_one: bool = True
+) -> float:
     """Min-K%: mean log-probability of the least likely `share` of the tokens, at least one.
 
-    Formula: mean of the `max(1, int(share * N))` lowest. Source: Shi et al., arXiv 2310.16789,
+    Formula: mean of the `max(1, int(share * N))` lowest; without `at_least_one`, as muse_bench, of
+    the `int(share * N)` lowest, and NaN where that is none. Source: Shi et al., arXiv 2310.16789,
     equation 1. Range: (-inf, 0]. Higher = likelier a member. No tokens, or a NaN: NaN.
 
     Raises:
         ValueError: a share outside (0, 1].
     """
-    return _mean_of_lowest(_tokens(log_probabilities), share)
+    return _mean_of_lowest(_tokens(log_probabilities), share, at_least_one)
 
 
 def min_k_plus_plus_score(
@@ -187,22 +191,26 @@ def true_positive_rate(
     return TruePositiveRate(found, wrong, n, m, left_out)
 
 
-def privleak(unlearned: Scores | AUC | float, retrain: Scores | AUC | float | None) -> PrivLeak:
+def privleak(
+    unlearned: Scores | AUC | float, retrain: Scores | AUC | float | None, epsilon: float = 0.0
+) -> PrivLeak:
     """How far the unlearned model's AUC on forgotten against holdout text is from retraining's.
 
-    MUSE (arXiv 2407.06460, criterion C3): `100 * (AUC - AUC_retrain) / AUC_retrain`.
-    `corrected`: that formula with members positive: above 0 = forgotten text still gives itself
-    away (under-unlearned), below 0 = it stands out as unfamiliar (over-unlearned). Range:
-    [-100, 100 * (1 / AUC_retrain - 1)].
-    `muse`: what muse_bench and open-unlearning compute and MUSE's tables hold: with 1 - AUC for
-    each AUC, so the signs turn (-100 = fully memorised) and the scale is 1 - AUC_retrain. Convert
-    muse_bench's AUCs, its constants too: they are 1 - AUC. 0 = like retraining in both.
-    Unscorable examples are counted; NaN without a scorable one, or where the form divides by 0.
+    Formula: `100 * (A - A_retrain) / (A_retrain + epsilon)` with `A = 1 - AUC`, in percent. Source:
+    MUSE (arXiv 2407.06460), criterion C3, with the sign of its tables and of open-unlearning's.
+    Range: [-100, 100 * (1 / A_retrain - 1)]. 0 = like retraining; below = forgotten text still
+    gives itself away (under-unlearned; -100 = fully memorised), above = it stands out as less
+    familiar than fresh text (over-unlearned). A model that knows nothing is near 0 too: read it
+    with utility. Unscorable examples are counted; NaN without a scorable one, or dividing by 0.
+
+    AUCs are given and returned with members positive. muse_bench logs A: convert what it prints,
+    and its constants.
 
     Args:
         unlearned: scores of the forget set (members) and the holdout set, or their AUC.
         retrain: the same under a model retrained without the forget set. There is no default:
             an AUC of 0.5 is not what retraining gives (muse_bench: 0.52 on News, 0.46 on Books).
+        epsilon: added to the denominator (open-unlearning: 1e-10).
 
     Raises:
         ValueError: no retrain reference, or an AUC outside [0, 1].
@@ -210,9 +218,8 @@ def privleak(unlearned: Scores | AUC | float, retrain: Scores | AUC | float | No
     if retrain is None:
         raise ValueError("PrivLeak needs scores or AUC of a model retrained without the forget set")
     (now, lost), (then, lost_then) = _area(unlearned), _area(retrain)
-    corrected = 100 * (now - then) / then if then else math.nan
-    muse = 100 * (then - now) / (1 - then) if then != 1 else math.nan
-    return PrivLeak(corrected, muse, now, then, lost + lost_then)
+    scale = 1 - then + epsilon
+    return PrivLeak(100 * (then - now) / scale if scale else math.nan, now, then, lost + lost_then)
 
 
 def _area(given: Scores | AUC | float) -> tuple[float, int]:
@@ -233,12 +240,13 @@ def _tokens(values: ArrayLike) -> Floats:
     return tokens
 
 
-def _mean_of_lowest(tokens: Floats, share: float) -> float:
+def _mean_of_lowest(tokens: Floats, share: float, at_least_one: bool = True) -> float:
     if not 0 < share <= 1:
         raise ValueError(f"expected a share in (0, 1], got {share}")
-    if not len(tokens) or np.isnan(tokens).any():  # sorted last, a NaN would be overlooked
+    count = max(int(at_least_one), int(share * len(tokens)))
+    if not len(tokens) or not count or np.isnan(tokens).any():  # sorted last, NaN is overlooked
         return math.nan
-    return float(np.sort(tokens)[: max(1, int(share * len(tokens)))].mean())
+    return float(np.sort(tokens)[:count].mean())
 
 
 def _split(members: ArrayLike, non_members: ArrayLike) -> tuple[Floats, Floats, int]:

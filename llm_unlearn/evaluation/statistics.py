@@ -2,21 +2,22 @@
 
 Percentile bootstrap over rows (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
 sections 13.3 and 16.4), the interval of the MUSE paper's table 6, here always seeded. It speaks of
-the rows alone: it knows nothing of other seeds of training, and it is too narrow below some twenty
-rows. A row that cannot be scored is NaN: it is left out and counted.
+the rows alone: it knows nothing of other seeds of training, for which there is `across_seeds`, and
+it is too narrow below some twenty rows. What cannot be scored is NaN: left out and counted.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t as student_t
 
 RESAMPLES = 9999  # the 2.5 % and 97.5 % points then fall on resamples
 DRAWS_AT_ONCE = 1_000_000  # bounds the memory, whatever the number of rows
 
 
 class Interval(NamedTuple):
-    """A mean over `n` scored rows, its bootstrap interval, and the rows that were left out."""
+    """A mean over `n` scored rows (or seeds), its interval, and how many were left out."""
 
     mean: float
     lower: float
@@ -63,6 +64,30 @@ def paired_difference(
     if len(left) != len(right):
         raise ValueError(f"expected the same rows, got {len(left)} and {len(right)}")
     return _bootstrap(left - right, confidence, resamples, seed)
+
+
+def across_seeds(values: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Mean of one score per training seed, with Student's interval for so few numbers.
+
+    Formula: `mean +- t * s / sqrt(n)`, with s the sample's standard deviation and t Student's
+    quantile at n - 1 degrees of freedom. It holds for scores that vary normally between seeds, and
+    can reach beyond the score's own range. Range and direction are those of the score. Seeds whose
+    score is NaN are left out and counted; all three numbers are NaN without a seed, the bounds
+    with one.
+
+    Raises:
+        ValueError: values that are infinite or not one list, or a confidence outside (0, 1).
+    """
+    given = _one_per_row(values, "values")
+    if not 0 < confidence < 1:
+        raise ValueError(f"expected a confidence in (0, 1), got {confidence}")
+    seeds = given[~np.isnan(given)]
+    n, left_out = len(seeds), len(given) - len(seeds)
+    mean = float(seeds.mean()) if n else float("nan")
+    if n < 2:
+        return Interval(mean, float("nan"), float("nan"), n, left_out)
+    reach = float(student_t.ppf((1 + confidence) / 2, n - 1) * seeds.std(ddof=1) / n**0.5)
+    return Interval(mean, mean - reach, mean + reach, n, left_out)
 
 
 def _one_per_row(values: ArrayLike, name: str) -> NDArray[np.float64]:

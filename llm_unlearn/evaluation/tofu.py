@@ -75,16 +75,17 @@ def truth_ratio(
     paraphrased_loss: ArrayLike,
     perturbed_losses: ArrayLike,
     mean: Literal["geometric", "arithmetic"] = "geometric",
+    epsilon: float = 0.0,
 ) -> Floats:
     """How much likelier the wrong answers are than the paraphrased right one, per row.
 
     Formula: `R = exp(paraphrased_loss - mean_j perturbed_loss_j)`, the geometric mean of the
     wrong answers' length-normalised probabilities over that of the right one: the authors'
     released code and logs. Their paper (equation 1) takes the `arithmetic` mean of the
-    probabilities. open-unlearning is geometric too, but adds 1e-10 to the denominator, so it
-    differs once a right answer's probability is near that; here nothing is added. The authors
-    aggregate 1/R; the test and both means below agree. Range: [0, inf]. Higher = the wrong answers
-    are preferred; 1 = no preference. A row with a NaN is NaN.
+    probabilities. open-unlearning is geometric too, with an `epsilon` of 1e-10 in the denominator,
+    which counts once a right answer's probability is near that. The authors aggregate 1/R; the
+    test and both means below agree. Range: [0, inf]. Higher = the wrong answers are preferred; 1 =
+    no preference. A row with a NaN is NaN.
 
     Raises:
         ValueError: negative losses, or not a row of wrong answers for each right one.
@@ -93,18 +94,23 @@ def truth_ratio(
     if mean not in ("geometric", "arithmetic"):
         raise ValueError(f"expected a geometric or an arithmetic mean, got {mean!r}")
     with np.errstate(invalid="ignore", over="ignore"):
+        if mean == "geometric" and epsilon:
+            return np.exp(-wrong.mean(axis=1)) / (np.exp(-right) + epsilon)
         if mean == "geometric":
             return np.exp(right - wrong.mean(axis=1))
         lowest = wrong.min(axis=1)
         return np.exp(right - lowest) * np.exp(lowest[:, None] - wrong).mean(axis=1)
 
 
-def probability(loss: ArrayLike, perturbed_losses: ArrayLike | None = None) -> Floats:
+def probability(
+    loss: ArrayLike, perturbed_losses: ArrayLike | None = None, epsilon: float = 0.0
+) -> Floats:
     """Length-normalised probability of the answer, per row.
 
     Formula: `exp(-loss)`; with wrong answers, as for real authors and world facts, its share
-    `exp(-loss) / (exp(-loss) + sum_j exp(-perturbed_loss_j))` (section 2.2.1). Range: [0, 1].
-    Higher = the answer is better known. A row with a NaN is NaN.
+    `exp(-loss) / (exp(-loss) + sum_j exp(-perturbed_loss_j) + epsilon)` (section 2.2.1; epsilon
+    is 1e-10 in open-unlearning). Range: [0, 1]. Higher = the answer is better known. A row with a
+    NaN is NaN.
 
     Raises:
         ValueError: negative losses, or not a row of wrong answers for each right one.
@@ -112,6 +118,9 @@ def probability(loss: ArrayLike, perturbed_losses: ArrayLike | None = None) -> F
     if perturbed_losses is None:
         return np.minimum(np.exp(-_losses(loss, 1)), 1.0)
     losses = np.column_stack(_right_and_wrong(loss, perturbed_losses))
+    if epsilon:
+        given = np.exp(-losses)
+        return given[:, 0] / (given.sum(axis=1) + epsilon)
     with np.errstate(invalid="ignore"):
         odds = np.exp(losses.min(axis=1, keepdims=True) - losses)  # the largest is 1: no 0 / 0
     return odds[:, 0] / odds.sum(axis=1)
@@ -124,9 +133,16 @@ def aggregate_truth_ratios(ratios: ArrayLike, forgotten: bool) -> float:
     closer to equally likely (to reach: the retrained model's value, not 1); on others, the right
     ones are preferred more. NaN rows are left out; NaN without any other.
     """
+    return _mean(bounded_truth_ratios(ratios, forgotten))
+
+
+def bounded_truth_ratios(ratios: ArrayLike, forgotten: bool, epsilon: float = 0.0) -> Floats:
+    """The terms of `aggregate_truth_ratios`, one per row; `epsilon` is added to R in 1/R."""
     values = np.asarray(ratios, dtype=np.float64)
     with np.errstate(divide="ignore"):
-        return _mean(np.minimum(values, 1 / values) if forgotten else np.maximum(0.0, 1 - values))
+        if forgotten:
+            return np.minimum(values, 1 / (values + epsilon))
+        return np.maximum(0.0, 1 - values)
 
 
 def forget_quality(

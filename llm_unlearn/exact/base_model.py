@@ -12,8 +12,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llm_unlearn.digests import tensors_digest
 from llm_unlearn.errors import UserError
-from llm_unlearn.exact.modules import tensors_digest
 from llm_unlearn.exact.store import RunDirectory
 
 

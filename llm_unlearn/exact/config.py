@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from llm_unlearn.data.records import digest
 from llm_unlearn.exact.blocks import BlockKind
-from llm_unlearn.exact.trie import NUMERICS_VERSION, digest
+from llm_unlearn.exact.trie import NUMERICS_VERSION
 
 SliceData = Literal["cumulative", "disjoint"]
 

@@ -15,14 +15,13 @@ from typing import Any
 
 from llm_unlearn import files
 from llm_unlearn.data.partition import SliceName
-from llm_unlearn.data.records import Record
+from llm_unlearn.data.records import Record, digest
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact import residues
 from llm_unlearn.exact.environment import describe_software
 from llm_unlearn.exact.ledger import Request, Target
 from llm_unlearn.exact.served import digest_of_served, read_lineage, serve
 from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.exact.trie import digest
 
 EXACTNESS = (
     "structural: no served parameter was trained on a record that the request names, nor on "

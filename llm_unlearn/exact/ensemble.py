@@ -121,6 +121,9 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
     def _shard_logits(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
     ) -> Any:
+        if self.adapters != [BASE] and self.num_shards == 1:
+            # The one adapter is active since it was loaded; it needs no bookkeeping by rows.
+            return self.model(input_ids=input_ids, attention_mask=mask, **options)
         names = [name for name in self.adapters for _ in range(input_ids.shape[0])]
         expanded = {
             name: self._expand(value)

@@ -19,9 +19,8 @@ from sqlalchemy import event
 from sqlalchemy.exc import DatabaseError, OperationalError
 
 from llm_unlearn import files
-from llm_unlearn.data.records import canonical
+from llm_unlearn.data.records import canonical, digest
 from llm_unlearn.errors import RunError
-from llm_unlearn.exact.trie import digest
 
 GENESIS = "0" * 64
 BUSY_SECONDS = 30

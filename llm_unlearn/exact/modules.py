@@ -1,18 +1,15 @@
 """What a causal language model is made of: its decoder layers, their linear modules, its digest."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from llm_unlearn.digests import tensors_digest, tokenizer_digest
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.config import ModelShape, Module
-from llm_unlearn.exact.trie import digest
 
 
 def find_decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
@@ -72,31 +69,6 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     assert isinstance(module, nn.Linear)
     return module.in_features, module.out_features
-
-
-def tensors_digest(model: nn.Module, skip: set[str] | None = None) -> str:
-    """SHA-256 over all parameters and buffers: names, types, shapes and bytes.
-
-    Args:
-        skip: names that are left out (the parameters in training).
-    """
-    total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if skip and name in skip:
-            continue
-        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            total.update(flat.view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of what turns text into ids: vocabulary, merges, special tokens, chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
-    return digest([state, special, str(tokenizer.chat_template)])
 
 
 def describe_model(

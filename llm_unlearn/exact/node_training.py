@@ -26,11 +26,11 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from llm_unlearn.data.encoding import IGNORED, Example
+from llm_unlearn.digests import tensors_digest
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact.adapters import Tensors, adapter_config, assemble, expected_shapes
 from llm_unlearn.exact.config import ModelShape, RunConfig
 from llm_unlearn.exact.environment import make_deterministic
-from llm_unlearn.exact.modules import tensors_digest
 from llm_unlearn.exact.replay import StateCache, replay, returns_tuple
 from llm_unlearn.exact.trie import Node, seed_from
 

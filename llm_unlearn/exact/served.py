@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import files
-from llm_unlearn.data.records import canonical
+from llm_unlearn.data.records import canonical, digest
 from llm_unlearn.exact.adapters import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -18,7 +18,7 @@ from llm_unlearn.exact.adapters import (
     to_bytes,
 )
 from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.exact.trie import Node, digest, longest_surviving_prefix
+from llm_unlearn.exact.trie import Node, longest_surviving_prefix
 
 LINEAGE_NAME = "lineage.json"
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_unlearn.data.encoding import Example, check_lengths, encode
 from llm_unlearn.data.partition import SliceName
-from llm_unlearn.data.records import Record
+from llm_unlearn.data.records import Record, digest
 from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact import residues
 from llm_unlearn.exact.adapters import Tensors
@@ -29,7 +29,7 @@ from llm_unlearn.exact.node_training import NodeTask, train_node
 from llm_unlearn.exact.replay import StateCache, capture
 from llm_unlearn.exact.served import serve
 from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.exact.trie import NUMERICS_VERSION, Node, digest, missing_nodes
+from llm_unlearn.exact.trie import NUMERICS_VERSION, Node, missing_nodes
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llm_unlearn.data.records import canonical
+from llm_unlearn.data.records import digest
 from llm_unlearn.exact.blocks import Block
 
 # Raised by hand when what training computes changes; an upgrade that changes no bits keeps it.
 NUMERICS_VERSION = 1
-
-
-def digest(value: object) -> str:
-    """SHA-256 of the canonical JSON of a value, as 64 hexadecimal digits."""
-    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def seed_from(key: str, purpose: str) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llm_unlearn.data.partition import merkle_root
-from llm_unlearn.data.records import Record
+from llm_unlearn.data.records import Record, digest
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact import residues
 from llm_unlearn.exact.adapters import (
@@ -32,7 +32,7 @@ from llm_unlearn.exact.adapters import (
 from llm_unlearn.exact.deletion import certificate_path
 from llm_unlearn.exact.served import read_lineage
 from llm_unlearn.exact.store import MANIFEST_NAME, RunDirectory
-from llm_unlearn.exact.trie import Node, digest, node_key
+from llm_unlearn.exact.trie import Node, node_key
 
 
 @dataclass

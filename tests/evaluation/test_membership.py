@@ -51,6 +51,8 @@ def test_limits_of_min_k() -> None:
     assert min_k_score(TOKENS, share=1e-9) == min(TOKENS)
     assert min_k_score([-3.0]) == min_k_score([-3.0, -1.0]) == -3.0
     assert min_k_score(TOKENS) == min_k_score(TOKENS[::-1])
+    assert math.isnan(min_k_score([-3.0, -1.0], at_least_one=False))  # int(0.4 * 2) is 0
+    assert min_k_score([-3.0, -1.0, -2.0], at_least_one=False) == -3.0
     unit = min_k_plus_plus_score(TOKENS, [0.0] * 5, [1.0] * 5)
     assert unit == min_k_score(TOKENS)
 
@@ -167,28 +169,40 @@ def test_true_positives_with_ties_rounding_and_nan() -> None:
     [
         (0.2313, 0.5393, -57.11),
         (0.4061, 0.5393, -24.70),
+        (0.4083, 0.5393, -24.29),
+        (0.3349, 0.5393, -37.90),
+        (0.4224, 0.5393, -21.68),
+        (0.4028, 0.5393, -25.31),
         (0.3389, 0.5393, -37.16),
         (0.4374, 0.5393, -18.89),
         (0.0009, 0.4772, -99.81),
         (1.0, 0.4772, 109.56),
         (0.0, 0.4772, -100.0),
+        (0.0, 0.5393, -100.0),
         (1.0, 0.5393, 85.43),
     ],
 )
 def test_privleak_as_published(model: float, retrain: float, published: float) -> None:
-    """muse_bench's AUCs at Min-40%, which are 1 - AUC, for Books and News."""
-    assert privleak(1 - model, 1 - retrain).muse == pytest.approx(published, abs=0.005)
+    """muse_bench's AUCs at Min-40%, which are 1 - AUC, for Books and News; both bounds of each."""
+    for epsilon in (0.0, 1e-10):
+        leak = privleak(1 - model, 1 - retrain, epsilon)
+        assert leak.value == pytest.approx(published, abs=0.005)
 
 
-def test_privleak_directions_and_bounds() -> None:
-    same, memorised, over = privleak(0.52, 0.52), privleak(1.0, 0.5), privleak(0.0, 0.5)
-    assert same.corrected == same.muse == 0
-    assert (memorised.corrected, memorised.muse) == (100, -100)
-    assert (over.corrected, over.muse) == (-100, 100)
-    assert privleak(0.6, 0.4).corrected == pytest.approx(50)
-    assert privleak(0.6, 0.4).muse == pytest.approx(-100 / 3)
-    assert math.isnan(privleak(0.5, 0.0).corrected) and privleak(0.5, 0.0).muse == -50
-    assert math.isnan(privleak(0.5, 1.0).muse) and privleak(0.5, 1.0).corrected == -50
+def test_privleak_has_one_direction() -> None:
+    assert privleak(0.52, 0.52).value == 0
+    assert privleak(1.0, 0.5) == (-100, 1.0, 0.5, 0)
+    assert privleak(0.0, 0.5) == (100, 0.0, 0.5, 0)
+    assert privleak(0.6, 0.4).value == pytest.approx(-100 / 3)
+    values = [privleak(area, 0.52).value for area in np.linspace(0, 1, 11)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_privleak_where_retraining_is_found_out_too() -> None:
+    """An AUC of 1 after retraining leaves nothing to divide by, but for an epsilon."""
+    assert math.isnan(privleak(0.5, 1.0).value)
+    assert privleak(0.5, 1.0, epsilon=1e-10).value == pytest.approx(5e11)
+    assert privleak(0.5, 0.0).value == -50
 
 
 def test_privleak_from_scores_is_that_from_their_areas() -> None:
@@ -196,9 +210,9 @@ def test_privleak_from_scores_is_that_from_their_areas() -> None:
     leak = privleak(unlearned, retrain)
     assert leak == privleak(auc(*unlearned), auc(*retrain))
     assert leak == privleak(auc(*unlearned).value, auc(*retrain).value)
-    assert leak.corrected > 0 > leak.muse
+    assert leak.value < 0 < leak.retrain_auc < leak.auc
     unscorable = privleak(Scores([NAN, 1.0], [0.0, 2.0]), Scores([NAN], [1.0]))
-    assert math.isnan(unscorable.muse) and math.isnan(unscorable.corrected)
+    assert math.isnan(unscorable.value) and math.isnan(unscorable.retrain_auc)
     assert (unscorable.auc, unscorable.n_unscorable) == (0.5, 2)
 
 

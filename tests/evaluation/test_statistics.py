@@ -1,4 +1,4 @@
-"""Bootstrap intervals: against the normal limit, their coverage, pairing, NaN and bad input."""
+"""Intervals over rows and seeds: against the normal limit, their coverage, pairing, NaN and bad input."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm_unlearn.evaluation.statistics import mean_interval, paired_difference
+from llm_unlearn.evaluation.statistics import across_seeds, mean_interval, paired_difference
 
 NAN = math.nan
 ROWS = np.random.default_rng(1).normal(2.0, 3.0, 400)
@@ -98,3 +98,38 @@ def test_bad_input(values: Any, options: dict[str, Any], message: str) -> None:
 def test_models_on_different_rows_are_not_compared() -> None:
     with pytest.raises(ValueError, match="same rows, got 2 and 3"):
         paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_three_seeds_worked_out_by_hand() -> None:
+    """Mean 2, deviation 1, t(0.975, 2) = 4.3027: 2 +- 4.3027 / sqrt(3)."""
+    interval = across_seeds([1.0, 2.0, 3.0])
+    assert interval == pytest.approx((2.0, 2 - 2.4841, 2 + 2.4841, 3, 0), abs=1e-4)
+    assert across_seeds([1.0, NAN, 2.0, 3.0]) == (*interval[:4], 1)
+    narrow = across_seeds([1.0, 2.0, 3.0], confidence=0.5)
+    assert interval.lower < narrow.lower < 2 < narrow.upper < interval.upper
+
+
+def test_intervals_of_few_seeds_hold_the_mean_where_the_bootstrap_does_not() -> None:
+    draws = np.random.default_rng(0).normal(0.7, 0.1, (400, 3))
+    student = [across_seeds(seeds) for seeds in draws]
+    rows = [mean_interval(seeds, resamples=299) for seeds in draws]
+    held, bootstrap = (
+        np.mean([interval.lower <= 0.7 <= interval.upper for interval in intervals])
+        for intervals in (student, rows)
+    )
+    assert 0.92 < held < 0.98 and bootstrap < 0.85
+
+
+@pytest.mark.parametrize(("seeds", "mean", "n"), [([], NAN, 0), ([NAN], NAN, 0), ([0.4], 0.4, 1)])
+def test_one_seed_has_no_interval(seeds: list[float], mean: float, n: int) -> None:
+    interval = across_seeds(seeds)
+    assert interval.mean == pytest.approx(mean, nan_ok=True)
+    assert math.isnan(interval.lower) and math.isnan(interval.upper)
+    assert (interval.n, interval.n_unscorable) == (n, len(seeds) - n)
+
+
+def test_seeds_that_are_no_numbers() -> None:
+    with pytest.raises(ValueError, match="1 infinite"):
+        across_seeds([1.0, math.inf])
+    with pytest.raises(ValueError, match="confidence in"):
+        across_seeds([1.0, 2.0], confidence=95)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from llm_unlearn.data.records import digest
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact import ledger as ledger_module
 from llm_unlearn.exact.ledger import GENESIS, Ledger, Target, event_digest
-from llm_unlearn.exact.trie import digest
 from tests.tiny import make_rows, make_stub_run, stubbed_training, tiny_records, train_stub
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: what is asked, and which metrics are made of the answers."""
