@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from llm_unlearn.evaluation.attacks.battery import Battery, Outcome
     from llm_unlearn.evaluation.harness import Session
     from llm_unlearn.evaluation.results import Results
-    from llm_unlearn.evaluation.suites.suite import Suite
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +35,15 @@ def run(arguments: argparse.Namespace) -> None:
     from llm_unlearn.evaluation.attacks.battery import ATTACKS
     from llm_unlearn.evaluation.harness import finish
     from llm_unlearn.evaluation.report import write_report
+    from llm_unlearn.evaluation.suites.loading import load_suite
 
     scoring.quiet()
     chosen = arguments.attack or list(ATTACKS)
     if unknown := set(chosen) - set(ATTACKS):
         raise UserError(f"unknown --attack {min(unknown)!r}: one of {', '.join(ATTACKS)}")
     name = scoring.model_name(arguments)
-    suite = _load_suite(arguments, name)
+    forgotten = scoring.forgotten(arguments, name)
+    suite = load_suite(arguments.suite, arguments.forget_split, forgotten)
     output = arguments.output_dir or Path("evaluations", f"{Path(arguments.suite).name}-attacks")
     session = scoring.make_session(arguments, suite, output, None)
     battery = _load(arguments, session, name)
@@ -55,25 +56,6 @@ def run(arguments: argparse.Namespace) -> None:
     finish(results, output, keep_texts=False)
     write_report(results, output / "report.html")
     scoring.show(results, output, arguments.json)
-
-
-def _load_suite(arguments: argparse.Namespace, model: str) -> "Suite":
-    from llm_unlearn.evaluation.suites.demonstration import NAME, demonstration_muse
-    from llm_unlearn.evaluation.suites.muse import load_muse
-    from llm_unlearn.evaluation.suites.tofu import HUB, load_tofu
-
-    folder = Path(arguments.suite)
-    if arguments.suite == NAME and not folder.is_dir():
-        return demonstration_muse(scoring.forgotten(arguments, model))
-    is_tofu = arguments.suite in HUB or any(
-        (folder / f"{arguments.forget_split}_perturbed{end}").exists()
-        for end in (".json", ".jsonl")
-    )
-    return (
-        load_tofu(arguments.suite, arguments.forget_split)
-        if is_tofu
-        else load_muse(arguments.suite)
-    )
 
 
 def _load(arguments: argparse.Namespace, session: "Session", name: str) -> "Battery":

@@ -149,10 +149,11 @@ def candidate(arguments: argparse.Namespace, name: str, adapter: str | None = No
     from llm_unlearn.evaluation.harness import Candidate
     from llm_unlearn.models import load_model
 
+    # --revision is of --model: a reference is another repository.
+    revision = arguments.revision if name == arguments.model else None
+
     def load() -> tuple[Any, Any]:
-        loaded = load_model(
-            name, adapter, arguments.revision, arguments.dtype, arguments.attn_implementation
-        )
+        loaded = load_model(name, adapter, revision, arguments.dtype, arguments.attn_implementation)
         return loaded.model, loaded.tokenizer
 
     return Candidate(f"{name} + {adapter}" if adapter else name, load)

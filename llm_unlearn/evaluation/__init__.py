@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llm_unlearn.evaluation.scorer import Item, Scorer, TokenScores, answer
     from llm_unlearn.evaluation.statistics import across_seeds, mean_interval, paired_difference
     from llm_unlearn.evaluation.suites.demonstration import demonstration_muse, demonstration_tofu
+    from llm_unlearn.evaluation.suites.loading import load_suite
     from llm_unlearn.evaluation.suites.muse import load_muse
     from llm_unlearn.evaluation.suites.tofu import load_tofu
     from llm_unlearn.evaluation.text import (
@@ -87,6 +88,7 @@ _HOMES = {
     "forget_quality": "llm_unlearn.evaluation.tofu",
     "is_exact": "llm_unlearn.evaluation.text",
     "is_refusal": "llm_unlearn.evaluation.text",
+    "load_suite": "llm_unlearn.evaluation.suites.loading",
     "load_muse": "llm_unlearn.evaluation.suites.muse",
     "load_tofu": "llm_unlearn.evaluation.suites.tofu",
     "loss_score": "llm_unlearn.evaluation.membership",
@@ -145,6 +147,7 @@ __all__ = [
     "is_exact",
     "is_refusal",
     "load_muse",
+    "load_suite",
     "load_tofu",
     "loss_score",
     "mean_interval",

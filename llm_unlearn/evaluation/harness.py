@@ -23,6 +23,7 @@ from llm_unlearn.evaluation.prompts import Prompting
 from llm_unlearn.evaluation.results import Difference, Evaluation, Results, Value, read_results
 from llm_unlearn.evaluation.scorer import Progress, Scorer
 from llm_unlearn.evaluation.statistics import paired_difference
+from llm_unlearn.evaluation.suites.loading import load_suite
 from llm_unlearn.evaluation.suites.suite import Suite
 from llm_unlearn.evaluation.verdict import judge
 
@@ -183,7 +184,7 @@ class Session:
 def evaluate_suite(
     model: Any,
     tokenizer: Any,
-    suite: Suite,
+    suite: Suite | str = "demo",
     retrained: Any = None,
     before: Any = None,
     options: Options | None = None,
@@ -194,7 +195,7 @@ def evaluate_suite(
 
     Args:
         model: any causal language model: transformers, PEFT, or a run's ensemble.
-        suite: from `llm_unlearn.evaluation.suites`.
+        suite: from `llm_unlearn.evaluation.suites`, or a name or folder as `load_suite` takes it.
         retrained: a model trained without the forget set (with the same tokenizer), or the
             `Evaluation` of one; PrivLeak, forget quality and the verdict need it.
         before: the model before unlearning, likewise: the positive control.
@@ -204,7 +205,10 @@ def evaluate_suite(
         UserError: an unknown profile or template, or a reference of other data or conventions.
     """
     session = Session(
-        suite, options or Options(), Path(output_dir) if output_dir else None, progress
+        load_suite(suite) if isinstance(suite, str) else suite,
+        options or Options(),
+        Path(output_dir) if output_dir else None,
+        progress,
     )
     others = {RETRAINED: retrained, BEFORE: before}
     candidates: dict[str, Reference] = {

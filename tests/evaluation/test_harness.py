@@ -23,6 +23,7 @@ from llm_unlearn.evaluation.harness import (
 )
 from llm_unlearn.evaluation.results import read_results
 from llm_unlearn.evaluation.suites.demonstration import demonstration_muse, demonstration_tofu
+from llm_unlearn.evaluation.suites.loading import load_suite
 from llm_unlearn.evaluation.suites.muse import load_muse
 from llm_unlearn.evaluation.suites.suite import only_utility
 from llm_unlearn.evaluation.suites.tofu import load_tofu
@@ -209,6 +210,14 @@ def test_the_demonstration_needs_somebody_left(make: Any) -> None:
     assert len(suite.subjects) == 12 and not set(suite.subjects) & set(suite.others)
     chosen = suite.subjects[3]
     assert make([chosen]).subjects == [chosen]
+
+
+def test_suites_are_found_by_name_or_folder(tmp_path: Path) -> None:
+    assert load_suite("demo").name == "demo"
+    assert "verbmem/forget" in load_suite(str(make_muse_folder(tmp_path / "muse"))).sections
+    assert "real_authors" in load_suite(str(make_tofu_folder(tmp_path / "tofu"))).sections
+    with pytest.raises(UserError, match="no such suite"):
+        evaluate_suite(make_tiny_model(), make_tiny_tokenizer(), "muse-weather")
 
 
 def test_unknown_names_are_one_line(suite: Any) -> None:
