@@ -38,6 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     from llm_unlearn.evaluation.suites.loading import load_suite
 
     scoring.quiet()
+    if scoring.processes().num_processes > 1:
+        raise UserError("attacks run in one process: start eval/attacks.py with python")
     chosen = arguments.attack or list(ATTACKS)
     if unknown := set(chosen) - set(ATTACKS):
         raise UserError(f"unknown --attack {min(unknown)!r}: one of {', '.join(ATTACKS)}")

@@ -11,6 +11,8 @@ from llm_unlearn import console
 from llm_unlearn.errors import UserError
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from llm_unlearn.evaluation.harness import Candidate, Reference, Session
     from llm_unlearn.evaluation.results import Results, Value
     from llm_unlearn.evaluation.suites.suite import Suite
@@ -87,13 +89,11 @@ def run(arguments: argparse.Namespace, load_suite: Callable[[Sequence[str]], "Su
     Args:
         load_suite: makes the suite, given names of forgotten people for the demonstration.
     """
-    from accelerate import PartialState
-
     from llm_unlearn.evaluation.harness import finish, run_session
     from llm_unlearn.evaluation.report import write_report
 
     quiet()
-    state = PartialState()
+    state = processes()
     name = model_name(arguments)
     suite = load_suite(forgotten(arguments, name))
     output = arguments.output_dir or Path("evaluations", Path(arguments.suite).name)
@@ -269,6 +269,14 @@ def _curve(
         part.conclude_values(part.evaluate(candidate(arguments, path), name)) for path in models
     ]
     return {name: [values[session.suite.utility] for values in found]}
+
+
+def processes() -> "PartialState":
+    """The processes that share the work. Without a GPU they only find each other when told so."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def quiet() -> None:
