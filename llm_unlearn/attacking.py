@@ -96,7 +96,7 @@ def _collect(
 ) -> "Results":
     from llm_unlearn.evaluation.harness import MODEL, versions
     from llm_unlearn.evaluation.results import Evaluation, Results
-    from llm_unlearn.evaluation.verdict import FAILED
+    from llm_unlearn.evaluation.verdict import FAILED, NO_BASELINE
 
     found = {role: Evaluation(role, name if role == MODEL else role, "") for role in battery.models}
     results = Results(
@@ -119,6 +119,9 @@ def _collect(
     failed = [
         check.name.removeprefix("attack: ") for check in results.checks if check.verdict == FAILED
     ]
+    if all(check.verdict == NO_BASELINE for check in results.checks):
+        results.verdict = f"no baseline: {results.checks[0].reason}"
+        return results
     results.verdict = (
         f"gives more away than a retrained model under: {', '.join(failed)}"
         if failed

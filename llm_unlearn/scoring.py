@@ -171,11 +171,10 @@ def print_results(results: "Results") -> None:
         others = [_cell(results.others[role].values.get(name)) for role in shown]
         difference = results.differences.get(name)
         told = (difference.mean, difference.lower, difference.upper) if difference else ()
-        rows.append(
-            (name, _cell(value), _interval(value.lower, value.upper), *others, _signed(told))
-        )
-    versus = next(iter(results.differences.values())).versus if results.differences else ""
-    columns = ("metric", "model", "95 %", *shown, f"model less {versus}" if versus else "")
+        row = (name, _cell(value), _interval(value.lower, value.upper), *others)
+        rows.append((*row, _signed(told)) if results.differences else row)
+    columns = ["metric", "model", "95 %", *shown]
+    columns += [f"model less {d.versus}" for d in results.differences.values()][:1]
     console.print_table(f"{results.suite}, profile {results.profile}", columns, rows)
     say = partial(console.stdout.print, highlight=False, soft_wrap=True)
     for note, names in notes.items():
