@@ -20,11 +20,20 @@ from llm_unlearn.exact.run import S3TRun
 MODEL_PATH = Path(__file__).parent / "data" / "demonstration"
 
 # What a run of the demonstration is started with; every one of these can be overruled by a flag.
-FLAGS = (
-    "--output_dir", "runs/demonstration", "--lora_r", "32", "--lora_alpha", "64", "--lora_dropout", "0",
-    "--learning_rate", "2e-3", "--max_steps", "60", "--per_device_train_batch_size", "72",
+COMMON = (
+    "--output_dir", "runs/demonstration", "--lora_dropout", "0", "--learning_rate", "2e-3",
     "--warmup_steps", "5", "--lr_scheduler_type", "cosine", "--max_length", "64", "--num_threads", "1",
 )  # fmt: skip
+FLAGS = {
+    "s3t": (
+        *COMMON, "--lora_r", "32", "--lora_alpha", "64", "--max_steps", "60",
+        "--per_device_train_batch_size", "72",
+    ),
+    "experts": (
+        *COMMON, "--lora_r", "8", "--lora_alpha", "16", "--num_train_epochs", "60", "--num_shards", "12",
+        "--per_device_train_batch_size", "12", "--select_floor", "-3.5",
+    ),
+}  # fmt: skip
 
 # People of the pre-training corpus who are asked about: what training costs them.
 PUBLIC_SAMPLE = 48

@@ -9,6 +9,9 @@
         the columns text | prompt, completion | question, answer | messages.
 
 What a run is made of:
+    --exact_method s3t|experts   blocks on top of each other (s3t), or one LoRA for each shard that
+                            depends on nothing else, of whom a prompt finds its own
+    --aggregate average|select|mixture   who answers: all shards, or those that the prompt is for
     --num_shards m          members of the ensemble (1)
     --num_slices L          slices of a shard, the granularity of deletion (4)
     --num_sequences B       orders in which each shard is trained (2)
@@ -47,7 +50,7 @@ def main(argv: list[str]) -> None:
     parser = TrlParser([DataArguments, S3TConfig, ModelConfig])
     data, arguments, model_arguments = parser.parse_args_and_config(expand_help(argv))
     if data.is_demonstration:
-        everything = [*demonstration.FLAGS, *argv]
+        everything = [*demonstration.FLAGS[arguments.exact_method], *argv]
         data, arguments, model_arguments = parser.parse_args_and_config(expand_help(everything))
     model_arguments.model_name_or_path = model_arguments.model_name_or_path or str(
         demonstration.MODEL_PATH

@@ -154,8 +154,17 @@ def test_tofu_by_author(tiny_base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demonstration_reaches_its_bars(tmp_path: Path) -> None:
-    """Base at most 5 %, every trained slice at least 80 %, the deleted subject back at the base."""
+@pytest.mark.parametrize(
+    ("method", "slices", "keeps", "public"), [("s3t", 4, 0.8, 0.0), ("experts", 11, 0.95, 0.9)]
+)
+def test_the_demonstration_reaches_its_bars(
+    tmp_path: Path, method: str, slices: int, keeps: float, public: float
+) -> None:
+    """Base at most 5 %, every slice is learnt, the deleted subject is back at the base.
+
+    Experts also keep what the base knew about public people: their prompts go to the base. Under
+    this key one of the twelve has nobody to learn about.
+    """
     from trl import ModelConfig, TrlParser
 
     from llm_unlearn.data.sources import DataArguments, load_records
@@ -167,7 +176,15 @@ def test_the_demonstration_reaches_its_bars(tmp_path: Path) -> None:
     key.write_bytes(PartitionKey.from_phrase("demonstration").secret)
     parser = TrlParser([DataArguments, S3TConfig, ModelConfig])
     data, arguments, model_arguments = parser.parse_args_and_config(
-        [*FLAGS, "--output_dir", str(tmp_path / "run"), "--key_path", str(key)]
+        [
+            *FLAGS[method],
+            "--exact_method",
+            method,
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--key_path",
+            str(key),
+        ]
     )
     model_arguments.model_name_or_path = str(MODEL_PATH)
     model, tokenizer = load_base(str(MODEL_PATH))
@@ -179,10 +196,10 @@ def test_the_demonstration_reaches_its_bars(tmp_path: Path) -> None:
     shown = demonstrate(run, model, tokenizer)
     base, after = shown.knowledge["base model"], shown.knowledge["after the deletion"]
     assert max(base.deleted, base.same_slice, base.others) <= 0.05
-    assert len(shown.slices) == 4
+    assert len(shown.slices) == slices
     assert min(shown.slices.values()) >= 0.8
     assert after.deleted <= base.deleted + 0.03
-    assert after.others >= 0.8
+    assert after.others >= keeps and after.public >= public
     assert node_bytes(run).items() < whole.items()
     assert all(check.passed for check in run.verify(replay=1))
 

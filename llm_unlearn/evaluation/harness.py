@@ -262,10 +262,10 @@ def finish(results: Results, output: Path, keep_texts: bool) -> None:
 
 
 def _adapters(model: Any) -> Sequence[str]:
-    """Which adapters answer: the weights alone do not say."""
+    """Which adapters answer, and by which rule: the weights alone do not say."""
     if hasattr(model, "peft_config"):
         return list(model.active_adapters)
-    return list(getattr(model, "adapters", ()))
+    return [*getattr(model, "adapters", ()), repr(getattr(model, "rule", None))]
 
 
 def versions() -> dict[str, str]:

@@ -250,7 +250,12 @@ class Scorer:
         batch = [items[row] for row in plan.rows]
         rows = [(*item.prompt, *item.target) for item in batch]
         input_ids_BT, mask_BT = self._pad(rows, left=False)
-        logits_BTV = self.model(input_ids=input_ids_BT, attention_mask=mask_BT).logits
+        options: dict[str, Any] = {}
+        if getattr(self.model, "routes_prompts", False):
+            # Who answers is decided by the prompt: the right answer must not help to find them.
+            lengths = [len(item.prompt) for item in batch]
+            options["prompt_lengths"] = torch.tensor(lengths, device=self.model.device)
+        logits_BTV = self.model(input_ids=input_ids_BT, attention_mask=mask_BT, **options).logits
         sizes = [len(item.target) for item in batch]
         row_N = np.repeat(np.arange(len(batch)), sizes)
         position_N = np.concatenate(

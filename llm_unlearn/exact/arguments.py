@@ -10,6 +10,7 @@ from trl import ModelConfig, SFTConfig
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.config import LoraSettings, ModelShape, RunConfig
 from llm_unlearn.exact.modules import describe_model
+from llm_unlearn.exact.selection import AGGREGATES, Rule
 from llm_unlearn.exact.sequences import select_sequences
 
 # Stored with their values even where they are the library's defaults, which may change.
@@ -67,17 +68,55 @@ REFUSED: dict[str, str] = {
 }
 
 
+# What is meant where a flag is not given. An expert is a shard of one slice: a LoRA on all layers,
+# trained on nothing else, with enough steps, on whole sequences, so that a prompt tells whose it is.
+PRESETS: dict[str, dict[str, Any]] = {
+    "s3t": {
+        "num_shards": 1, "num_slices": 4, "num_sequences": 2, "num_train_epochs": 5.0,
+        "completion_only_loss": True, "aggregate": "average",
+    },
+    "experts": {
+        "num_shards": 16, "num_slices": 1, "num_sequences": 1, "num_train_epochs": 25.0,
+        "completion_only_loss": False, "aggregate": "select",
+    },
+}  # fmt: skip
+
+
 @dataclass
 class S3TConfig(SFTConfig):
     """Training arguments of TRL, and the shape of an exact run."""
 
     output_dir: str | None = field(default="runs/s3t", metadata={"help": "The run directory."})
-    num_shards: int = field(default=1, metadata={"help": "Shards m: members of the ensemble."})
+    exact_method: str = field(
+        default="s3t",
+        metadata={"help": "s3t, or experts: a LoRA for each shard, trained on its own."},
+    )
+    num_shards: int = field(
+        default=None,  # pyright: ignore[reportAssignmentType]
+        metadata={"help": "Shards m: members of the ensemble, or experts (1; experts: 16)."},
+    )
     num_slices: int = field(
-        default=4, metadata={"help": "Slices L of a shard: the granularity of deletion."}
+        default=None,  # pyright: ignore[reportAssignmentType]
+        metadata={"help": "Slices L of a shard: the granularity of deletion (4; experts: 1)."},
     )
     num_sequences: int = field(
-        default=2, metadata={"help": "Sequences B per shard: the training budget."}
+        default=None,  # pyright: ignore[reportAssignmentType]
+        metadata={"help": "Sequences B per shard: the training budget (2; experts: 1)."},
+    )
+    aggregate: str | None = field(
+        default=None,
+        metadata={
+            "help": "How shards answer: average, or select or mixture of those that a prompt is "
+            "for, else the base (average; experts: select)."
+        },
+    )
+    select_margin: float = field(
+        default=Rule.margin,
+        metadata={"help": "select: nats a token by which the best must lead the second best."},
+    )
+    select_floor: float | None = field(
+        default=None,
+        metadata={"help": "select: least log-probability of any token of a prompt (off)."},
     )
     sequence_method: str = field(
         default="cyclic",
@@ -112,16 +151,25 @@ class S3TConfig(SFTConfig):
         default=2e-4, metadata={"help": "Peak learning rate of every node."}
     )
     num_train_epochs: float = field(
-        default=5.0, metadata={"help": "Epochs of every node over its own data."}
+        default=None,  # pyright: ignore[reportAssignmentType]
+        metadata={"help": "Epochs of every node over its own data (5; experts: 25)."},
     )
     gradient_checkpointing: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None, metadata={"help": "Old name of --activation_checkpointing."}
     )
     completion_only_loss: bool | None = field(
-        default=True, metadata={"help": "Learn completions only, where records have a prompt."}
+        default=None,
+        metadata={"help": "Learn completions only, where records have a prompt (experts: false)."},
     )
 
     def __post_init__(self) -> None:
+        if self.exact_method not in PRESETS:
+            raise UserError(
+                f"--exact_method must be one of {', '.join(PRESETS)}, got {self.exact_method!r}"
+            )
+        for name, value in PRESETS[self.exact_method].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -171,12 +219,25 @@ def check_arguments(arguments: S3TConfig, model_arguments: ModelConfig) -> None:
 
 
 def _check_shape(arguments: S3TConfig) -> None:
-    choices = {"blocks": ("layers", "ranks"), "slice_data": ("cumulative", "disjoint")}
+    choices = {
+        "blocks": ("layers", "ranks"),
+        "slice_data": ("cumulative", "disjoint"),
+        "aggregate": AGGREGATES,
+    }
     for name, known in choices.items():
         if getattr(arguments, name) not in known:
             raise UserError(
                 f"--{name} must be one of {', '.join(known)}, got {getattr(arguments, name)!r}"
             )
+    if arguments.exact_method == "experts" and (arguments.num_slices, arguments.num_sequences) != (
+        1,
+        1,
+    ):
+        raise UserError(
+            "an expert has one slice and one sequence: --num_shards says how many there are"
+        )
+    if not arguments.select_margin >= 0 or (arguments.select_floor or 0) > 0:
+        raise UserError("--select_margin is 0 or more, --select_floor a log-probability: 0 or less")
     for name in ("num_shards", "num_slices", "num_sequences"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
@@ -221,6 +282,11 @@ def make_config(arguments: S3TConfig, model_arguments: ModelConfig) -> RunConfig
         },
         runtime={name: values[name] for name in RUNTIME},
         num_threads=arguments.num_threads or torch.get_num_threads(),
+        rule=Rule(
+            arguments.aggregate,  # pyright: ignore[reportArgumentType]
+            arguments.select_margin,
+            arguments.select_floor,
+        ),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from llm_unlearn.data.records import digest
 from llm_unlearn.exact.blocks import BlockKind
+from llm_unlearn.exact.selection import Rule
 from llm_unlearn.exact.trie import NUMERICS_VERSION
 
 SliceData = Literal["cumulative", "disjoint"]
@@ -79,6 +80,7 @@ class RunConfig:
         model: how the base model is loaded (`dtype`, `attn_implementation`).
         runtime: arguments that decide no bits (number of data loader workers, ...).
         num_threads: CPU threads of training; like the hardware, part of a node's environment.
+        rule: how the served adapters answer as one model; it decides no bits of a node.
     """
 
     num_shards: int
@@ -94,6 +96,7 @@ class RunConfig:
     model: Mapping[str, Any] = field(default_factory=dict)
     runtime: Mapping[str, Any] = field(default_factory=dict)
     num_threads: int = 1
+    rule: Rule = field(default_factory=Rule)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"sequences": [list(sequence) for sequence in self.sequences]}
@@ -104,6 +107,7 @@ class RunConfig:
             **{
                 **value,
                 "lora": LoraSettings(**value["lora"]),
+                "rule": Rule(**value.get("rule", {})),
                 "sequences": tuple(tuple(sequence) for sequence in value["sequences"]),
             }
         )

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +224,7 @@ def _write_certificate(run: RunDirectory, request: Request, done: dict[str, Any]
         "records_removed": sum(target.records for target in request.targets),
         "nodes_removed": list(request.nodes),
         "served_before": request.served_before,
+        "answers_by": asdict(run.config.rule),
         **done,
         "retained_roots": {
             str(shard): [root for root in run.slices.roots(shard).values() if root]

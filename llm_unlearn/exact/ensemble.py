@@ -1,11 +1,13 @@
 """The served adapters of all shards as one causal language model.
 
-The shards' next-token distributions are averaged (the paper averages logits in its released code
-and speaks of an aggregate decision, section 3.3; probabilities are the proper mixture). A shard
-with nothing left answers with the base model. The weights of the average are constants, so the
-ensemble is a function of the served adapters only.
+Either the shards' next-token distributions are averaged (the S3T paper averages logits in its
+released code and speaks of an aggregate decision, section 3.3; probabilities are the proper
+mixture), where a shard with nothing left answers with the base model; or the prompt decides who
+answers (`selection.py`). Both rules are constants, so the ensemble is a function of the served
+adapters only.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,21 +17,24 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llm_unlearn.errors import UserError
+from llm_unlearn.exact.selection import BASE_MODEL, NOTHING, Choice, Rule, Score, choose
 from llm_unlearn.exact.served import read_lineage
 
 BASE = "__base__"  # PEFT's name for rows of a mixed batch that no adapter touches
 
 
 class ShardEnsemble(PreTrainedModel, GenerationMixin):
-    """Probability average of m shards, with `forward` and `generate`.
+    """m shards as one model, with `forward` and `generate`.
 
-    All shards answer in one mixed-adapter batch of m times the rows (and with m times the
-    key-value cache). It works in a `transformers` pipeline. Beam search is refused: it reorders
-    rows, of which the cache has m times as many.
+    The adapters that a row is for answer in one mixed-adapter batch: all m (and m times the
+    key-value cache) with `average`, one or two with `select` and `mixture`, where the prompt is first
+    read under each adapter. It works in a `transformers` pipeline. Beam search is refused: it
+    reorders rows, of which the cache can have several for each.
 
     Args:
         model: the base model with one PEFT adapter per shard.
         adapters: adapter name of every shard; `__base__` where a shard has nothing left.
+        rule: who answers.
     """
 
     # Attention is the base model's business, which has already chosen how to compute it.
@@ -38,14 +43,26 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, model: PeftModel, adapters: list[str]):
+    def __init__(
+        self,
+        model: PeftModel,
+        adapters: list[str],
+        rule: Rule | None = None,
+    ):
         super().__init__(cast(PreTrainedModel, model.get_base_model()).config)
         self.model = model
         self.adapters = adapters
+        self.rule = rule or Rule()
         self.generation_config = model.generation_config
+        self._routing: Routing | None = None
 
     @classmethod
-    def from_run(cls, base: PreTrainedModel, served: str | Path) -> "ShardEnsemble":
+    def from_run(
+        cls,
+        base: PreTrainedModel,
+        served: str | Path,
+        rule: Rule | None = None,
+    ) -> "ShardEnsemble":
         """Load `RUN/served`.
 
         Raises:
@@ -68,43 +85,47 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             elif depth:
                 model.load_adapter(str(directory), adapter_name=name)
         assert model is not None
-        return cls(model.eval(), adapters).eval()
+        return cls(model.eval(), adapters, rule).eval()
 
     @property
     def num_shards(self) -> int:
         return len(self.adapters)
 
-    def _expand(self, tensor_B: torch.Tensor | None) -> torch.Tensor | None:
-        """Repeat rows for every shard, shard by shard: (B, ...) to (m B, ...)."""
-        return (
-            None
-            if tensor_B is None
-            else tensor_B.repeat(self.num_shards, *[1] * (tensor_B.dim() - 1))
-        )
+    @property
+    def routes_prompts(self) -> bool:
+        """Whether a prompt decides who answers: `forward` then wants `prompt_lengths`."""
+        return self.rule.aggregate != "average"
 
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        prompt_lengths: torch.Tensor | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
-        """Average the shards.
+        """Answer with the adapters that the prompt is for.
 
         Args:
             input_ids: (B, T).
             labels: (B, T), -100 where no loss is wanted.
+            prompt_lengths: (B,), how many of a row's tokens decide who answers; default: all.
 
         Returns:
             `logits` (B, T, V) are the log of the mean probability; `loss` is the mean negative
             log-likelihood of the labels under it.
+
+        Raises:
+            ValueError: keys and values of an earlier call, where the prompt decides who answers.
         """
-        shard_logits = self._shard_logits(input_ids, attention_mask, options)
-        log_probs = torch.log_softmax(shard_logits.logits.float(), dim=-1)
-        log_probs_mBTV = log_probs.view(self.num_shards, input_ids.shape[0], *log_probs.shape[1:])
-        mean_BTV = torch.logsumexp(log_probs_mBTV, dim=0) - torch.log(
-            torch.tensor(float(self.num_shards))
-        )
+        # Outside `generate` nothing remembers who was chosen: a cache would mix the keys of one
+        # adapter with the values of another, so none is taken or given.
+        is_chosen = self._routing is not None or not self.routes_prompts
+        if not is_chosen and options.get("past_key_values") is not None:
+            raise ValueError("where the prompt decides who answers, give forward the whole text")
+        routing = self._routing or self._route(input_ids, attention_mask, prompt_lengths)
+        output = self._ask(routing, input_ids, attention_mask, options)
+        mean_BTV = routing.combine(torch.log_softmax(output.logits.float(), dim=-1))
         loss = None
         if labels is not None:
             loss = torch.nn.functional.nll_loss(
@@ -115,31 +136,11 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,  # pyright: ignore[reportArgumentType]
             logits=mean_BTV,  # pyright: ignore[reportArgumentType]
-            past_key_values=shard_logits.past_key_values,
-        )
-
-    def _shard_logits(
-        self, input_ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
-    ) -> Any:
-        if self.adapters != [BASE] and self.num_shards == 1:
-            # The one adapter is active since it was loaded; it needs no bookkeeping by rows.
-            return self.model(input_ids=input_ids, attention_mask=mask, **options)
-        names = [name for name in self.adapters for _ in range(input_ids.shape[0])]
-        expanded = {
-            name: self._expand(value)
-            if isinstance(value, torch.Tensor) and name == "position_ids"
-            else value
-            for name, value in options.items()
-        }
-        return self.model(
-            input_ids=self._expand(input_ids),
-            attention_mask=self._expand(mask),
-            adapter_names=names,
-            **expanded,
+            past_key_values=output.past_key_values if is_chosen else None,
         )
 
     def generate(self, *arguments: Any, **options: Any) -> Any:
-        """As `GenerationMixin.generate`, greedy or sampling.
+        """As `GenerationMixin.generate`, greedy or sampling. The prompt decides once who answers.
 
         Raises:
             ValueError: beam search.
@@ -147,7 +148,100 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         config = options.get("generation_config") or self.generation_config
         if (options.get("num_beams") or config.num_beams or 1) > 1:
             raise ValueError("an ensemble of shards cannot search with beams: use num_beams=1")
-        return super().generate(*arguments, **options)  # pyright: ignore[reportAttributeAccessIssue]
+        input_ids = options.get("input_ids", arguments[0] if arguments else None)
+        if self.routes_prompts and input_ids is not None:
+            copies = options.get("num_return_sequences") or config.num_return_sequences or 1
+            choices = self.choose(input_ids, options.get("attention_mask"))
+            self._routing = self._routing_of([c for c in choices for _ in range(copies)])
+        try:
+            return super().generate(*arguments, **options)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            self._routing = None
+
+    @torch.no_grad()
+    def prompt_scores(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        prompt_lengths: torch.Tensor | None = None,
+    ) -> list[list[Score]]:
+        """Each prompt under each adapter, and last under the base model.
+
+        Args:
+            input_ids: (B, T), padded on either side.
+
+        Returns:
+            B times m + 1 scores; `NOTHING` where nothing is left of a shard.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        # A token counts if it and the one before it are of the prompt.
+        counted = (mask[:, 1:] * mask[:, :-1]).bool()
+        if prompt_lengths is not None:
+            counted &= positions(mask)[:, 1:] < prompt_lengths.to(mask.device)[:, None]
+        columns = []
+        for name in (*self.adapters, None):
+            if name == BASE:
+                columns.append([Score(NOTHING, NOTHING)] * len(input_ids))
+                continue
+            routing = Routing.everybody(len(input_ids), name or BASE)
+            options = {"position_ids": positions(mask)}
+            logits = self._ask(routing, input_ids, mask, options).logits[:, :-1]
+            log_p = torch.log_softmax(logits.float(), -1)
+            own = log_p.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+            means = (own * counted).sum(-1) / counted.sum(-1).clamp(min=1)
+            lowest = own.masked_fill(~counted, 0.0).min(-1).values
+            columns.append(
+                [Score(*pair) for pair in zip(means.tolist(), lowest.tolist(), strict=True)]
+            )
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def choose(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        prompt_lengths: torch.Tensor | None = None,
+    ) -> list[list[Choice]]:
+        """Who answers each prompt, with which weight."""
+        if not self.routes_prompts:
+            nobody = [Score(NOTHING, NOTHING)] * self.num_shards
+            return [choose(nobody, NOTHING, self.rule)] * len(input_ids)
+        scores = self.prompt_scores(input_ids, attention_mask, prompt_lengths)
+        return [choose(row[:-1], row[-1].mean, self.rule) for row in scores]
+
+    def _route(
+        self,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        prompt_lengths: torch.Tensor | None,
+    ) -> "Routing":
+        return self._routing_of(self.choose(input_ids, mask, prompt_lengths))
+
+    def _routing_of(self, choices: list[list[Choice]]) -> "Routing":
+        return Routing.of(choices, self.adapters)
+
+    def _ask(
+        self,
+        routing: "Routing",
+        input_ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> Any:
+        """Every chosen adapter on its rows, in one mixed-adapter batch of R rows."""
+        given = {
+            name: routing.spread(value)
+            if isinstance(value, torch.Tensor) and name == "position_ids"
+            else value
+            for name, value in options.items()
+        }
+        names: list[str] | None = routing.names
+        if self.num_shards == 1 and set(names) == set(self.adapters) - {BASE}:
+            names = None  # the one adapter is active since it was loaded: no bookkeeping by rows
+        return self.model(
+            input_ids=routing.spread(input_ids),
+            attention_mask=None if mask is None else routing.spread(mask),
+            adapter_names=names,
+            **given,
+        )
 
     @torch.no_grad()
     def vote(
@@ -172,7 +266,9 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             if attention_mask is None
             else {"position_ids": positions(attention_mask)}
         )
-        logits = self._shard_logits(input_ids, attention_mask, options).logits[:, -1, label_ids]
+        everybody = [Choice(shard, 1 / self.num_shards) for shard in range(self.num_shards)]
+        routing = self._routing_of([everybody] * len(input_ids))
+        logits = self._ask(routing, input_ids, attention_mask, options).logits[:, -1, label_ids]
         choices_mB = logits.argmax(dim=-1).view(self.num_shards, input_ids.shape[0])
         tally_BC = torch.nn.functional.one_hot(choices_mB, len(label_ids)).sum(dim=0)
         return tally_BC.argmax(dim=-1), tally_BC
@@ -180,6 +276,57 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which adapter sees which row: R pairs, the first choice of every row first.
+
+    Attributes:
+        rows: index of the row, (R,).
+        names: adapter of each pair, R of them.
+        log_weights: of its probabilities in the answer, (R,).
+        sizes: how many rows have a first choice (all B), a second, ...
+    """
+
+    rows: torch.Tensor
+    names: list[str]
+    log_weights: torch.Tensor
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def everybody(cls, rows: int, name: str) -> "Routing":
+        """One adapter for every row."""
+        return cls(torch.arange(rows), [name] * rows, torch.zeros(rows), (rows,))
+
+    @classmethod
+    def of(cls, choices: list[list[Choice]], adapters: list[str]) -> "Routing":
+        rows, names, weights, sizes = [], [], [], []
+        for rank in range(max(map(len, choices))):
+            having = [row for row, chosen in enumerate(choices) if len(chosen) > rank]
+            sizes.append(len(having))
+            for row in having:
+                choice = choices[row][rank]
+                rows.append(row)
+                names.append(BASE if choice.adapter == BASE_MODEL else adapters[choice.adapter])
+                weights.append(choice.weight)
+        return cls(torch.tensor(rows), names, torch.tensor(weights).log(), tuple(sizes))
+
+    def spread(self, tensor_B: torch.Tensor) -> torch.Tensor:
+        """Rows repeated for every adapter that sees them: (B, ...) to (R, ...)."""
+        return tensor_B[self.rows.to(tensor_B.device)]
+
+    def combine(self, log_probs_R: torch.Tensor) -> torch.Tensor:
+        """Log of the weighted mean of probabilities: (R, T, V) to (B, T, V)."""
+        weighted = log_probs_R + self.log_weights.to(log_probs_R.device)[:, None, None]
+        combined = weighted[: self.sizes[0]]
+        start = self.sizes[0]
+        for size in self.sizes[1:]:
+            rows = self.rows[start : start + size].to(log_probs_R.device)
+            both = torch.logaddexp(combined[rows], weighted[start : start + size])
+            combined = combined.index_copy(0, rows, both)
+            start += size
+        return combined
 
 
 def positions(attention_mask_BT: torch.Tensor) -> torch.Tensor:

@@ -224,4 +224,4 @@ class S3TRun:
         from llm_unlearn.exact.ensemble import ShardEnsemble
 
         model, _ = load_base_of(self.directory)
-        return ShardEnsemble.from_run(model, self.directory.served)
+        return ShardEnsemble.from_run(model, self.directory.served, self.directory.config.rule)
