@@ -102,7 +102,8 @@ class Scorer:
     @property
     def context(self) -> float:
         """The longest sequence the model was made for; infinite where it does not say."""
-        return getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or math.inf
 
     def likelihoods(self, items: Sequence[Item]) -> list[TokenScores | None]:
         """Score the tokens of each target, in one forward pass.
@@ -118,7 +119,7 @@ class Scorer:
             raise ValueError("a target needs at least one token before it")
         lengths = [len(item.prompt) + len(item.target) for item in items]
         wanted = [i for i, item in enumerate(items) if item.target and lengths[i] <= self.context]
-        vocabulary = getattr(self.model.config, "vocab_size", 1)
+        vocabulary = getattr(self.model.config.get_text_config(), "vocab_size", 1)
         limit = min(self._limit, max(1, LOGITS_PER_BATCH // vocabulary))
         plans = [_Plan(rows) for rows in self._batches(wanted, lengths, limit)]
         found = self._run("likelihoods", plans, items, lambda plan: self._score(plan, items))
