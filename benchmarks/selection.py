@@ -14,32 +14,45 @@ import time
 import numpy as np
 import torch
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from llm_unlearn import scoring
 from llm_unlearn.data import world
 from llm_unlearn.evaluation.scorer import Scorer, tokenize_open
 from llm_unlearn.evaluation.text import is_exact, name_free
 from llm_unlearn.exact.base_model import load_base_of
-from llm_unlearn.exact.ensemble import BASE, ShardEnsemble
+from llm_unlearn.exact.deletion import depths_served
+from llm_unlearn.exact.ensemble import ShardEnsemble
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.selection import BASE_MODEL, Rule
 
-RULES = {
-    "average": Rule("average"),
-    "select, margin 0.4": Rule("select"),
-    "select, margin 0.4, floor -3.5": Rule("select", floor=-3.5),
-    "mixture, margin 0.4, floor -3.5": Rule("mixture", floor=-3.5),
+# Each with whether the words of a prompt choose who reads it, or everybody does.
+RULES: dict[str, tuple[Rule, bool]] = {
+    "average": (Rule("average"), False),
+    "vote": (Rule("vote"), False),
+    "merge": (Rule("merge"), False),
+    "select, read by all": (Rule("select"), False),
+    "select, read by all, floor -3.5": (Rule("select", floor=-3.5), False),
+    "select": (Rule("select"), True),
+    "select, floor -3.5": (Rule("select", floor=-3.5), True),
+    "mixture": (Rule("mixture"), True),
 }
 NEW_TOKENS = 8
 
 
+def ensemble_of(run: S3TRun, name: str) -> tuple[ShardEnsemble, PreTrainedTokenizerBase]:
+    rule, uses_words = RULES[name]
+    model, tokenizer = load_base_of(run.directory)
+    served = run.directory.served
+    return ShardEnsemble.from_run(model, served, rule, tokenizer if uses_words else None), tokenizer
+
+
 def groups_of(run: S3TRun) -> dict[str, list[dict[str, str]]]:
     """Questions by whom they are about."""
-    adapters = ShardEnsemble.from_run(load_base_of(run.directory)[0], run.directory.served).adapters
     everybody = world.private_people(2 * world.PRIVATE_COUNT)
     trained, unseen = everybody[: world.PRIVATE_COUNT], everybody[world.PRIVATE_COUNT :]
-    place = run.directory.slices.place
-    own = [person for person in trained if adapters[place(person.name).shard] != BASE]
+    depths, place = depths_served(run.directory), run.directory.slices.place
+    own = [person for person in trained if depths.get(place(person.name).shard)]
     named = world.questions(own)
     return {
         "own": named,
@@ -83,19 +96,17 @@ def main() -> None:
     groups = groups_of(run)
     print("| rule | " + " | ".join(f"{name} ({len(rows)})" for name, rows in groups.items()) + " |")
     print("|---" * (len(groups) + 1) + "|")
-    for name, rule in RULES.items():
-        model, tokenizer = load_base_of(run.directory)
-        ensemble = ShardEnsemble.from_run(model, run.directory.served, rule)
+    for name in RULES:
+        ensemble, tokenizer = ensemble_of(run, name)
         found = [shares(ensemble, tokenizer, rows) if rows else (0, 0) for rows in groups.values()]
         cells = [f"{right:.0%} right, {base:.0%} base" for base, right in found]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     model, tokenizer = load_base_of(run.directory)
-    shard = next(a for a in ensemble.adapters if a != BASE)
+    shard = next(f"shard-{s}" for s, depth in depths_served(run.directory).items() if depth)
     alone = PeftModel.from_pretrained(model, str(run.directory.served / shard)).eval()
     one = seconds(alone, tokenizer, groups["own"])
-    model, tokenizer = load_base_of(run.directory)
     for name in RULES:
-        ensemble = ShardEnsemble.from_run(model, run.directory.served, RULES[name])
+        ensemble, tokenizer = ensemble_of(run, name)
         spent = seconds(ensemble, tokenizer, groups["own"])
         print(f"{name}: {1000 * spent:.1f} ms a prompt, {spent / one:.1f} times one adapter alone")
 

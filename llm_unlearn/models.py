@@ -93,7 +93,9 @@ def _load_run(run: Path, label: str, dtype: str | None) -> LoadedModel:
 
     directory = S3TRun.open(run).directory
     base, tokenizer = load_base_of(directory)
-    ensemble = ShardEnsemble.from_run(_placed(base, dtype), directory.served, directory.config.rule)
+    ensemble = ShardEnsemble.from_run(
+        _placed(base, dtype), directory.served, directory.config.rule, tokenizer
+    )
     return LoadedModel(ensemble, tokenizer, label, run)
 
 

@@ -67,6 +67,11 @@ class PartitionKey:
         """Leaf of the Merkle tree for a stored record; says nothing without the key."""
         return self._keyed("leaf", line)
 
+    def word(self, word: str) -> int:
+        """32 bits for a word of the index by which prompts find their subjects."""
+        data = word.encode("utf-8", errors="surrogatepass")
+        return int.from_bytes(self._keyed("word", data)[:4], "big")
+
     def text_digest(self, record: Record) -> bytes:
         """Equal for records of the same text, up to case and white space, whoever holds them."""
         text = "\n".join(" ".join(part.split()).casefold() for part in record.texts())

@@ -1,13 +1,12 @@
 """The served adapters of all shards as one causal language model.
 
-Either the shards' next-token distributions are averaged (the S3T paper averages logits in its
-released code and speaks of an aggregate decision, section 3.3; probabilities are the proper
-mixture), where a shard with nothing left answers with the base model; or the prompt decides who
-answers (`selection.py`). Both rules are constants, so the ensemble is a function of the served
-adapters only.
+Either all shards answer: their next-token distributions are averaged (the S3T paper averages logits in its
+released code and speaks of an aggregate decision, section 3.3; probabilities are the proper mixture), they
+vote, or their adapters are merged into one; a shard with nothing left answers with the base model. Or the
+prompt decides who answers (`selection.py`). All rules are constants, so the ensemble is a function of
+what is served only.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,25 +15,39 @@ from peft import PeftModel
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llm_unlearn.errors import UserError
-from llm_unlearn.exact.selection import BASE_MODEL, NOTHING, Choice, Rule, Score, choose
-from llm_unlearn.exact.served import read_lineage
+from llm_unlearn.data.partition import PartitionKey
+from llm_unlearn.exact.library import CAPACITY, Library
+from llm_unlearn.exact.routing import BASE, Routing
+from llm_unlearn.exact.selection import (
+    NOTHING,
+    TO_BASE,
+    Candidates,
+    Choice,
+    Rule,
+    Score,
+    candidates,
+    choose,
+    everybody,
+)
+from llm_unlearn.exact.words import Words
 
-BASE = "__base__"  # PEFT's name for rows of a mixed batch that no adapter touches
+TOKENS_READ_AT_ONCE = 4096
 
 
 class ShardEnsemble(PreTrainedModel, GenerationMixin):
     """m shards as one model, with `forward` and `generate`.
 
     The adapters that a row is for answer in one mixed-adapter batch: all m (and m times the
-    key-value cache) with `average`, one or two with `select` and `mixture`, where the prompt is first
-    read under each adapter. It works in a `transformers` pipeline. Beam search is refused: it
-    reorders rows, of which the cache can have several for each.
+    key-value cache) with `average` and `vote`, one or two with `select` and `mixture`, one with
+    `merge`. It works in a `transformers` pipeline. Beam search is refused: it reorders rows, of which
+    the cache can have several for each.
 
     Args:
         model: the base model with one PEFT adapter per shard.
         adapters: adapter name of every shard; `__base__` where a shard has nothing left.
         rule: who answers.
+        library: loads adapters that `model` does not hold yet.
+        words: tells whose a prompt is; without, every adapter reads every prompt.
     """
 
     # Attention is the base model's business, which has already chosen how to compute it.
@@ -48,11 +61,15 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         model: PeftModel,
         adapters: list[str],
         rule: Rule | None = None,
+        library: Library | None = None,
+        words: Words | None = None,
     ):
         super().__init__(cast(PreTrainedModel, model.get_base_model()).config)
         self.model = model
         self.adapters = adapters
         self.rule = rule or Rule()
+        self.library = library
+        self.words = words
         self.generation_config = model.generation_config
         self._routing: Routing | None = None
 
@@ -62,30 +79,29 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         base: PreTrainedModel,
         served: str | Path,
         rule: Rule | None = None,
+        tokenizer: Any = None,
+        capacity: int = CAPACITY,
     ) -> "ShardEnsemble":
         """Load `RUN/served`.
+
+        Args:
+            tokenizer: of the base model; with it, and the run's key, the words of a prompt find who
+                has to read it.
+            capacity: how many adapters stay loaded where one or two of them answer.
 
         Raises:
             UserError: nothing is served there.
         """
-        directories = sorted(
-            Path(served).glob("shard-*"), key=lambda path: int(path.name.split("-")[1])
-        )
-        if not directories:
-            raise UserError(f"{served} holds no served adapter: train the run first")
-        model, adapters = None, []
-        for directory in directories:
-            lineage = read_lineage(directory)
-            depth = len(lineage["nodes"]) if lineage else 0
-            name = directory.name if depth else BASE
-            adapters.append(name)
-            if model is None:
-                # PEFT needs an adapter to begin with; one of zeros does no harm.
-                model = PeftModel.from_pretrained(base, str(directory), adapter_name=directory.name)
-            elif depth:
-                model.load_adapter(str(directory), adapter_name=name)
-        assert model is not None
-        return cls(model.eval(), adapters, rule).eval()
+        rule = rule or Rule()
+        library = Library(base, served, capacity if rule.routes_prompts else None)
+        words = None
+        key = Path(served).parent / "secret.key"
+        if rule.routes_prompts and tokenizer is not None and key.is_file():
+            indexes = library.words()
+            if indexes is not None:
+                words = Words(indexes, PartitionKey(key.read_bytes()), tokenizer)
+        names = [library.merge()] if rule.aggregate == "merge" else library.names
+        return cls(library.model, names, rule, library, words).eval()
 
     @property
     def num_shards(self) -> int:
@@ -94,7 +110,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
     @property
     def routes_prompts(self) -> bool:
         """Whether a prompt decides who answers: `forward` then wants `prompt_lengths`."""
-        return self.rule.aggregate != "average"
+        return self.rule.routes_prompts
 
     def forward(
         self,
@@ -112,8 +128,8 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             prompt_lengths: (B,), how many of a row's tokens decide who answers; default: all.
 
         Returns:
-            `logits` (B, T, V) are the log of the mean probability; `loss` is the mean negative
-            log-likelihood of the labels under it.
+            `logits` (B, T, V) are the log of the mean probability (`vote`: of the share of votes);
+            `loss` is the mean negative log-likelihood of the labels under it.
 
         Raises:
             ValueError: keys and values of an earlier call, where the prompt decides who answers.
@@ -123,9 +139,12 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         is_chosen = self._routing is not None or not self.routes_prompts
         if not is_chosen and options.get("past_key_values") is not None:
             raise ValueError("where the prompt decides who answers, give forward the whole text")
-        routing = self._routing or self._route(input_ids, attention_mask, prompt_lengths)
+        routing = self._routing or self._routing_of(
+            self.choose(input_ids, attention_mask, prompt_lengths)
+        )
         output = self._ask(routing, input_ids, attention_mask, options)
-        mean_BTV = routing.combine(torch.log_softmax(output.logits.float(), dim=-1))
+        combine = routing.ballot if self.rule.aggregate == "vote" else routing.combine
+        mean_BTV = combine(torch.log_softmax(output.logits.float(), dim=-1))
         loss = None
         if labels is not None:
             loss = torch.nn.functional.nll_loss(
@@ -139,8 +158,12 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             past_key_values=output.past_key_values if is_chosen else None,
         )
 
-    def generate(self, *arguments: Any, **options: Any) -> Any:
+    def generate(self, *arguments: Any, asked: list[str] | None = None, **options: Any) -> Any:
         """As `GenerationMixin.generate`, greedy or sampling. The prompt decides once who answers.
+
+        Args:
+            asked: for each row the text that decides, instead of the row's own: the turns of a
+                conversation that ask (`words.asked_in`).
 
         Raises:
             ValueError: beam search.
@@ -151,77 +174,113 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         input_ids = options.get("input_ids", arguments[0] if arguments else None)
         if self.routes_prompts and input_ids is not None:
             copies = options.get("num_return_sequences") or config.num_return_sequences or 1
-            choices = self.choose(input_ids, options.get("attention_mask"))
+            choices = self.choose(input_ids, options.get("attention_mask"), asked=asked)
             self._routing = self._routing_of([c for c in choices for _ in range(copies)])
         try:
             return super().generate(*arguments, **options)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self._routing = None
 
-    @torch.no_grad()
-    def prompt_scores(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        prompt_lengths: torch.Tensor | None = None,
-    ) -> list[list[Score]]:
-        """Each prompt under each adapter, and last under the base model.
-
-        Args:
-            input_ids: (B, T), padded on either side.
-
-        Returns:
-            B times m + 1 scores; `NOTHING` where nothing is left of a shard.
-        """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        # A token counts if it and the one before it are of the prompt.
-        counted = (mask[:, 1:] * mask[:, :-1]).bool()
-        if prompt_lengths is not None:
-            counted &= positions(mask)[:, 1:] < prompt_lengths.to(mask.device)[:, None]
-        columns = []
-        for name in (*self.adapters, None):
-            if name == BASE:
-                columns.append([Score(NOTHING, NOTHING)] * len(input_ids))
-                continue
-            routing = Routing.everybody(len(input_ids), name or BASE)
-            options = {"position_ids": positions(mask)}
-            logits = self._ask(routing, input_ids, mask, options).logits[:, :-1]
-            log_p = torch.log_softmax(logits.float(), -1)
-            own = log_p.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-            means = (own * counted).sum(-1) / counted.sum(-1).clamp(min=1)
-            lowest = own.masked_fill(~counted, 0.0).min(-1).values
-            columns.append(
-                [Score(*pair) for pair in zip(means.tolist(), lowest.tolist(), strict=True)]
-            )
-        return [list(row) for row in zip(*columns, strict=True)]
-
     def choose(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         prompt_lengths: torch.Tensor | None = None,
+        asked: list[str] | None = None,
     ) -> list[list[Choice]]:
-        """Who answers each prompt, with which weight."""
-        if not self.routes_prompts:
-            nobody = [Score(NOTHING, NOTHING)] * self.num_shards
-            return [choose(nobody, NOTHING, self.rule)] * len(input_ids)
-        scores = self.prompt_scores(input_ids, attention_mask, prompt_lengths)
-        return [choose(row[:-1], row[-1].mean, self.rule) for row in scores]
+        """Who answers each prompt, with which weight.
 
-    def _route(
+        Args:
+            input_ids: (B, T), padded on either side.
+            prompt_lengths: (B,), how many tokens of a row are its prompt; default: all.
+            asked: as in `generate`.
+        """
+        if not self.routes_prompts:
+            return [everybody(self.num_shards)] * len(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        counted = mask.bool()
+        if prompt_lengths is not None:
+            counted &= positions(mask) < prompt_lengths.to(mask.device)[:, None]
+        found = self._candidates(input_ids, counted, asked)
+        scores = self._read(input_ids, mask, counted, found)
+        chosen = []
+        for row, (shards, is_sure) in enumerate(found):
+            if is_sure and len(shards) == 1:
+                chosen.append([Choice(shards[0], 1.0)])
+            elif not shards:
+                chosen.append(TO_BASE)
+            else:
+                own = [
+                    scores.get((row, shard), Score(NOTHING, NOTHING))
+                    for shard in range(self.num_shards)
+                ]
+                base = scores.get((row, None), Score(NOTHING, NOTHING))
+                chosen.append(choose(own, base.mean, self.rule, found[row] if self.words else None))
+        return chosen
+
+    def _candidates(
+        self, input_ids: torch.Tensor, counted: torch.Tensor, asked: list[str] | None
+    ) -> list[Candidates]:
+        """Whom each prompt may be for: by its words, or anybody who is left."""
+        if self.words is None:
+            alive = [shard for shard, name in enumerate(self.adapters) if name != BASE]
+            return [Candidates(alive, False)] * len(input_ids)
+        texts = asked or [
+            self.words.tokenizer.decode(row[keep], skip_special_tokens=True)
+            for row, keep in zip(input_ids, counted, strict=True)
+        ]
+        return [candidates(*self.words.evidence(text), self.rule) for text in texts]
+
+    @torch.no_grad()
+    def _read(
         self,
         input_ids: torch.Tensor,
-        mask: torch.Tensor | None,
-        prompt_lengths: torch.Tensor | None,
-    ) -> "Routing":
-        return self._routing_of(self.choose(input_ids, mask, prompt_lengths))
+        mask: torch.Tensor,
+        counted: torch.Tensor,
+        found: list[Candidates],
+    ) -> dict[tuple[int, int | None], Score]:
+        """Prompts in doubt under their candidates, by row and shard (None: the base model)."""
+        pairs: list[tuple[int, int | None]] = []
+        for row, (shards, is_sure) in enumerate(found):
+            if is_sure and len(shards) == 1:
+                continue
+            pairs += [(row, shard) for shard in shards]
+            # The base competes only where there are fewer than three.
+            pairs += [(row, None)] if 0 < len(shards) < 3 and not is_sure else []
+        size = max(len(input_ids), TOKENS_READ_AT_ONCE // input_ids.shape[1])
+        scores: dict[tuple[int, int | None], Score] = {}
+        for start in range(0, len(pairs), size):
+            chunk = pairs[start : start + size]
+            names = [BASE if shard is None else self.adapters[shard] for _, shard in chunk]
+            routing = Routing.pairs([row for row, _ in chunk], names)
+            read = self._likelihoods(routing, input_ids, mask, counted)
+            scores |= dict(zip(chunk, read, strict=True))
+        return scores
 
-    def _routing_of(self, choices: list[list[Choice]]) -> "Routing":
+    def _likelihoods(
+        self,
+        routing: Routing,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        counted: torch.Tensor,
+    ) -> list[Score]:
+        """Every pair's prompt under its adapter."""
+        logits = self._ask(
+            routing, input_ids, mask, {"position_ids": positions(mask), "use_cache": False}
+        ).logits[:, :-1]
+        ids_R, own_R = routing.spread(input_ids), routing.spread(counted)
+        own_R = own_R[:, 1:] & own_R[:, :-1]  # a token counts if the one before it does too
+        log_p = logits.float().log_softmax(-1).gather(-1, ids_R[:, 1:, None]).squeeze(-1)
+        means = (log_p * own_R).sum(-1) / own_R.sum(-1).clamp(min=1)
+        lowest = log_p.masked_fill(~own_R, 0.0).min(-1).values
+        return [Score(*pair) for pair in zip(means.tolist(), lowest.tolist(), strict=True)]
+
+    def _routing_of(self, choices: list[list[Choice]]) -> Routing:
         return Routing.of(choices, self.adapters)
 
     def _ask(
         self,
-        routing: "Routing",
+        routing: Routing,
         input_ids: torch.Tensor,
         mask: torch.Tensor | None,
         options: dict[str, Any],
@@ -236,6 +295,8 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         names: list[str] | None = routing.names
         if self.num_shards == 1 and set(names) == set(self.adapters) - {BASE}:
             names = None  # the one adapter is active since it was loaded: no bookkeeping by rows
+        elif self.library is not None:
+            self.library.require(names)
         return self.model(
             input_ids=routing.spread(input_ids),
             attention_mask=None if mask is None else routing.spread(mask),
@@ -266,8 +327,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             if attention_mask is None
             else {"position_ids": positions(attention_mask)}
         )
-        everybody = [Choice(shard, 1 / self.num_shards) for shard in range(self.num_shards)]
-        routing = self._routing_of([everybody] * len(input_ids))
+        routing = self._routing_of([everybody(self.num_shards)] * len(input_ids))
         logits = self._ask(routing, input_ids, attention_mask, options).logits[:, -1, label_ids]
         choices_mB = logits.argmax(dim=-1).view(self.num_shards, input_ids.shape[0])
         tally_BC = torch.nn.functional.one_hot(choices_mB, len(label_ids)).sum(dim=0)
@@ -276,57 +336,6 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
     @property
     def device(self) -> torch.device:
         return self.model.device
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Which adapter sees which row: R pairs, the first choice of every row first.
-
-    Attributes:
-        rows: index of the row, (R,).
-        names: adapter of each pair, R of them.
-        log_weights: of its probabilities in the answer, (R,).
-        sizes: how many rows have a first choice (all B), a second, ...
-    """
-
-    rows: torch.Tensor
-    names: list[str]
-    log_weights: torch.Tensor
-    sizes: tuple[int, ...]
-
-    @classmethod
-    def everybody(cls, rows: int, name: str) -> "Routing":
-        """One adapter for every row."""
-        return cls(torch.arange(rows), [name] * rows, torch.zeros(rows), (rows,))
-
-    @classmethod
-    def of(cls, choices: list[list[Choice]], adapters: list[str]) -> "Routing":
-        rows, names, weights, sizes = [], [], [], []
-        for rank in range(max(map(len, choices))):
-            having = [row for row, chosen in enumerate(choices) if len(chosen) > rank]
-            sizes.append(len(having))
-            for row in having:
-                choice = choices[row][rank]
-                rows.append(row)
-                names.append(BASE if choice.adapter == BASE_MODEL else adapters[choice.adapter])
-                weights.append(choice.weight)
-        return cls(torch.tensor(rows), names, torch.tensor(weights).log(), tuple(sizes))
-
-    def spread(self, tensor_B: torch.Tensor) -> torch.Tensor:
-        """Rows repeated for every adapter that sees them: (B, ...) to (R, ...)."""
-        return tensor_B[self.rows.to(tensor_B.device)]
-
-    def combine(self, log_probs_R: torch.Tensor) -> torch.Tensor:
-        """Log of the weighted mean of probabilities: (R, T, V) to (B, T, V)."""
-        weighted = log_probs_R + self.log_weights.to(log_probs_R.device)[:, None, None]
-        combined = weighted[: self.sizes[0]]
-        start = self.sizes[0]
-        for size in self.sizes[1:]:
-            rows = self.rows[start : start + size].to(log_probs_R.device)
-            both = torch.logaddexp(combined[rows], weighted[start : start + size])
-            combined = combined.index_copy(0, rows, both)
-            start += size
-        return combined
 
 
 def positions(attention_mask_BT: torch.Tensor) -> torch.Tensor:

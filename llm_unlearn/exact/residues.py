@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llm_unlearn import files
 from llm_unlearn.exact.adapters import WEIGHTS_NAME
-from llm_unlearn.exact.store import MANIFEST_NAME, OWN_ENTRIES, RunDirectory
+from llm_unlearn.exact.store import MANIFEST_NAME, OWN_ENTRIES, WORDS_NAME, RunDirectory
 
 # Directories that are emptied by every deletion: they are made again when training needs them.
 EMPTIED = {
@@ -20,8 +20,9 @@ EMPTIED = {
 # Every file that the directories of a run may hold, as patterns of the path below each.
 KNOWN_FILES = {
     "records": r"shard-\d+/slice-\d+\.(jsonl|[0-9a-f]{16}\.texts)",
-    "nodes": rf"[0-9a-f]{{64}}/({re.escape(WEIGHTS_NAME)}|{re.escape(MANIFEST_NAME)})",
-    "generations": r"[0-9a-f]{16}/shard-\d+/(README\.md|lineage\.json|adapter_(model\.safetensors|config\.json))",
+    "nodes": rf"[0-9a-f]{{64}}/({'|'.join(map(re.escape, (WEIGHTS_NAME, MANIFEST_NAME, WORDS_NAME)))})",
+    "generations": r"[0-9a-f]{16}/shard-\d+/"
+    r"(README\.md|lineage\.json|adapter_(model\.safetensors|config\.json)|words-\d+\.safetensors)",
     "certificates": r"[0-9a-f]{16}\.json",
 }
 

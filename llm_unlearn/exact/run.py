@@ -223,5 +223,6 @@ class S3TRun:
         from llm_unlearn.exact.base_model import load_base_of
         from llm_unlearn.exact.ensemble import ShardEnsemble
 
-        model, _ = load_base_of(self.directory)
-        return ShardEnsemble.from_run(model, self.directory.served, self.directory.config.rule)
+        model, tokenizer = load_base_of(self.directory)
+        rule = self.directory.config.rule
+        return ShardEnsemble.from_run(model, self.directory.served, rule, tokenizer)

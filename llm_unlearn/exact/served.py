@@ -65,6 +65,7 @@ def prefix_to_serve(run: RunDirectory, shard: int) -> list[Node]:
 
 
 def lineage(run: RunDirectory, shard: int, nodes: list[Node]) -> dict[str, Any]:
+    manifests = [run.nodes.manifest(node.key) for node in nodes]
     return {
         "shard": shard,
         "base_model": run.shape.weights,
@@ -72,14 +73,20 @@ def lineage(run: RunDirectory, shard: int, nodes: list[Node]) -> dict[str, Any]:
         "nodes": [
             {
                 "key": node.key,
-                "weights": run.nodes.manifest(node.key)["weights"],
+                "weights": manifest["weights"],
+                "words": manifest.get("words"),
                 "stage": node.block.stage,
                 "slice": node.path[-1],
                 "root": node.roots[-1],
             }
-            for node in nodes
+            for node, manifest in zip(nodes, manifests, strict=True)
         ],
     }
+
+
+def words_path(directory: Path, stage: int) -> Path:
+    """Where a served shard keeps the index of the node of a stage."""
+    return directory / f"words-{stage}.safetensors"
 
 
 def write_shard(
@@ -97,6 +104,9 @@ def write_shard(
     directory.mkdir()
     (directory / WEIGHTS_NAME).write_bytes(data)
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
+    for node in nodes:
+        if (words := run.nodes.words(node.key)) is not None:
+            words_path(directory, node.block.stage).write_bytes(words)
     sentence = (
         f"A LoRA adapter of {len(nodes)} trained blocks."
         if nodes

@@ -4,7 +4,8 @@
     RUN/secret.key          the partition key, mode 0600
     RUN/ledger.sqlite       requests, tombstones, events; ledger.head remembers the chain's end
     RUN/records/            the records, slice by slice
-    RUN/nodes/<key>/        adapter_model.safetensors and manifest.json of one trained block
+    RUN/nodes/<key>/        adapter_model.safetensors and manifest.json of one trained block, and
+                            words.safetensors, by which prompts find their subjects
     RUN/served              link to the directory in generations/ that is served now
     RUN/cache/, trainer/    residues of training: purged when it ends and by every deletion
     RUN/certificates/       one file per request
@@ -33,6 +34,7 @@ from llm_unlearn.exact.trie import Node, wanted_paths
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+WORDS_NAME = "words.safetensors"
 OWN_ENTRIES = (
     "run.json", "secret.key", "ledger.sqlite", "ledger.sqlite-journal", "ledger.head", "records", "nodes",
     "served", "generations", "cache", "trainer", "certificates", "state.lock", "train.lock",
@@ -68,20 +70,29 @@ class NodeStore:
             ) from None
 
     def is_intact(self, key: str) -> bool:
-        """Are the weights those that the manifest names? Reads the whole node."""
+        """Are weights and index those that the manifest names? Reads the whole node."""
         try:
-            return file_digest(self.directory / key / WEIGHTS_NAME) == self.manifest(key)["weights"]
+            manifest, directory = self.manifest(key), self.directory / key
+            if "words" in manifest and file_digest(directory / WORDS_NAME) != manifest["words"]:
+                return False
+            return file_digest(directory / WEIGHTS_NAME) == manifest["weights"]
         except (RunError, OSError, KeyError, TypeError):
             return False
 
     def load(self, key: str) -> Tensors:
         return load_tensors(self.directory / key / WEIGHTS_NAME)
 
+    def words(self, key: str) -> bytes | None:
+        """The node's index as a file, None for one that was trained without."""
+        path = self.directory / key / WORDS_NAME
+        return path.read_bytes() if path.is_file() else None
+
     def publish(
         self,
         node: Node,
         tensors: Tensors,
         details: dict[str, Any],
+        words: Tensors | None = None,
         before: Callable[[dict[str, str]], None] | None = None,
     ) -> None:
         """Write a node beside and rename it.
@@ -89,6 +100,7 @@ class NodeStore:
         Args:
             details: what else the manifest says (environment); nothing of the moment, so that
                 two runs with the same data write the same bytes.
+            words: the index of the node's own slice (`words.py`).
             before: called with the digests of both files just before the node becomes visible.
         """
         self.directory.mkdir(exist_ok=True)
@@ -98,6 +110,9 @@ class NodeStore:
         (temporary / WEIGHTS_NAME).write_bytes(data)
         weights = file_digest(temporary / WEIGHTS_NAME)
         manifest = {"version": FORMAT_VERSION, **node.to_dict(), "weights": weights, **details}
+        if words is not None:
+            (temporary / WORDS_NAME).write_bytes(to_bytes(words))
+            manifest["words"] = file_digest(temporary / WORDS_NAME)
         (temporary / MANIFEST_NAME).write_bytes(canonical(manifest))
         if before is not None:
             before({"weights": weights, "manifest": file_digest(temporary / MANIFEST_NAME)})

@@ -30,6 +30,7 @@ from llm_unlearn.exact.replay import StateCache, capture
 from llm_unlearn.exact.served import serve
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.exact.trie import NUMERICS_VERSION, Node, missing_nodes
+from llm_unlearn.exact.words import index_records
 
 
 @dataclass(frozen=True)
@@ -287,6 +288,11 @@ def _capture_slice(
     }
 
 
+def index_of(run: RunDirectory, node: Node) -> Tensors:
+    """The words of the slice that a node adds."""
+    return index_records(run.slices.read(SliceName(node.shard, node.path[-1])), run.key)
+
+
 def _publish(run: RunDirectory, node: Node, tensors: Tensors, device: str, seconds: float) -> bool:
     """Keep a trained node, unless a deletion has made it obsolete meanwhile.
 
@@ -307,7 +313,7 @@ def _publish(run: RunDirectory, node: Node, tensors: Tensors, device: str, secon
         def log(digests: dict[str, str]) -> None:
             run.ledger.append("trained", {"node": node.key, **digests, "seconds": seconds})
 
-        run.nodes.publish(node, tensors, details, before=log)
+        run.nodes.publish(node, tensors, details, index_of(run, node), before=log)
     return True
 
 

@@ -28,9 +28,10 @@ from llm_unlearn.exact.adapters import (
     load_tensors,
     served_digest,
     split,
+    to_bytes,
 )
 from llm_unlearn.exact.deletion import certificate_path
-from llm_unlearn.exact.served import read_lineage
+from llm_unlearn.exact.served import read_lineage, words_path
 from llm_unlearn.exact.store import MANIFEST_NAME, RunDirectory
 from llm_unlearn.exact.trie import Node, node_key
 
@@ -108,7 +109,9 @@ def check_nodes(run: RunDirectory) -> Check:
         ):
             check.problems.append(f"node {key[:12]}: its key does not follow from its manifest")
         if not run.nodes.is_intact(key):
-            check.problems.append(f"node {key[:12]}: its weights are not those of its manifest")
+            check.problems.append(
+                f"node {key[:12]}: its weights or words are not those of its manifest"
+            )
         elif logged.get(key, {}).get("weights") != manifest["weights"]:
             check.problems.append(
                 f"node {key[:12]}: its weights are not those that the ledger logged"
@@ -166,6 +169,10 @@ def _served_problems(run: RunDirectory, shard: int) -> list[str]:
         [node.key for node in path[: len(nodes)]] for path in [*run.paths(shard), []]
     ]:
         problems.append("its nodes are not the beginning of one sequence")
+    for node in nodes:
+        path = words_path(directory, node.block.stage)
+        if (path.read_bytes() if path.is_file() else None) != run.nodes.words(node.key):
+            problems.append(f"its words are not those of node {node.key[:12]}")
     tensors = load_tensors(directory / WEIGHTS_NAME)
     problems += _tensor_problems(run, nodes, tensors)
     try:
@@ -251,7 +258,7 @@ def replay_nodes(run: RunDirectory, count: int, seed: int | None = None) -> Chec
     """
     from llm_unlearn.exact.base_model import load_base_of
     from llm_unlearn.exact.environment import describe_environment
-    from llm_unlearn.exact.training import train_again
+    from llm_unlearn.exact.training import index_of, train_again
 
     check = Check("replay")
     wanted = run.wanted()
@@ -272,6 +279,8 @@ def replay_nodes(run: RunDirectory, count: int, seed: int | None = None) -> Chec
         held = run.nodes.load(key)
         if any(again[name].tobytes() != held[name].tobytes() for name in held):
             check.problems.append(f"node {key[:12]}: training it again gives other bits")
+        if run.nodes.words(key) not in (None, to_bytes(index_of(run, wanted[key]))):
+            check.problems.append(f"node {key[:12]}: its words are not those of its records")
     if elsewhere:
         check.skipped = (
             f"{elsewhere} nodes were trained in another environment and cannot be compared here"

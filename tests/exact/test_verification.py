@@ -15,10 +15,12 @@ from safetensors.numpy import load_file, save_file
 from llm_unlearn import files
 from llm_unlearn.data.partition import SliceName
 from llm_unlearn.data.records import Record
-from llm_unlearn.exact.adapters import WEIGHTS_NAME, file_digest, served_digest
+from llm_unlearn.exact.adapters import WEIGHTS_NAME, file_digest, served_digest, to_bytes
 from llm_unlearn.exact.deletion import dependent_nodes, resolve
 from llm_unlearn.exact.run import S3TRun
+from llm_unlearn.exact.store import WORDS_NAME
 from llm_unlearn.exact.verification import Check
+from llm_unlearn.exact.words import index_records
 from tests.tiny import make_run, make_stub_run, stubbed_training, tiny_records, train_stub
 
 DELETED = "person 3"
@@ -72,6 +74,20 @@ def flip_bit(run: S3TRun, _before: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
+
+
+def other_words(run: S3TRun, _before: Path) -> None:
+    """The index of a node that has learnt of somebody else."""
+    index = index_records(tiny_records()[:1], run.directory.key)
+    (first_node(run) / WORDS_NAME).write_bytes(to_bytes(index))
+
+
+def old_words(run: S3TRun, before: Path) -> None:
+    """What is served finds people by an index of before the deletion."""
+    served = next(run.directory.served.glob("shard-*/words-0.safetensors"))
+    data = served.read_bytes()
+    served.unlink()
+    served.write_bytes(data[:-4] + bytes([1, 2, 3, 0]))
 
 
 def edit_manifest(**changes: Any) -> Callable[[S3TRun, Path], None]:
@@ -348,13 +364,15 @@ def remove_certificate(run: S3TRun, _before: Path) -> None:
     only_certificate(run).unlink()
 
 
-WRONG_WEIGHTS = "its weights are not those of its manifest"
+WRONG_WEIGHTS = "weights or words are not those of its manifest"
 NO_KEY = "its key does not follow from its manifest"
 NOT_HEADER = "they are not the ones their header names"
 
 PLANTED: dict[str, tuple[Callable[[S3TRun, Path], None], str, str]] = {
     "a flipped bit in a node": (flip_bit, "nodes", WRONG_WEIGHTS),
     "a node without weights": (remove_weights, "nodes", WRONG_WEIGHTS),
+    "a node with other words": (other_words, "nodes", WRONG_WEIGHTS),
+    "other words served": (old_words, "served", "its words are not those of node"),
     "a manifest with other roots": (edit_manifest(roots=["0" * 64]), "nodes", NO_KEY),
     "a manifest with another parent": (edit_manifest(parent="0" * 64), "nodes", NO_KEY),
     "a manifest of another shard": (edit_manifest(shard=7), "nodes", NO_KEY),

@@ -1,0 +1,107 @@
+"""The served adapters of a run on one base model, of which only the last used stay loaded."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from llm_unlearn.errors import UserError
+from llm_unlearn.exact.routing import BASE
+from llm_unlearn.exact.served import read_lineage, words_path
+
+CAPACITY = 64
+MERGED = "merged"
+
+
+class Library:
+    """Adapters by name, loaded when they are asked for.
+
+    Args:
+        base: the base model, which adapters are put on.
+        served: `RUN/served`.
+        capacity: how many stay loaded; a batch that needs more has them all. None: all of them.
+
+    Attributes:
+        names: of every shard's adapter; `__base__` where nothing is left of it.
+
+    Raises:
+        UserError: nothing is served there.
+    """
+
+    def __init__(self, base: PreTrainedModel, served: str | Path, capacity: int | None = CAPACITY):
+        self.directories = {
+            path.name: path
+            for path in sorted(Path(served).glob("shard-*"), key=lambda p: int(p.name[6:]))
+        }
+        if not self.directories:
+            raise UserError(f"{served} holds no served adapter: train the run first")
+        self.lineages = {name: read_lineage(path) for name, path in self.directories.items()}
+        self.names = [
+            name if lineage and lineage["nodes"] else BASE
+            for name, lineage in self.lineages.items()
+        ]
+        alive = [name for name in self.names if name != BASE]
+        self.capacity = len(alive) if capacity is None else capacity
+        # PEFT needs an adapter to begin with; where nothing is left, one of zeros does no harm.
+        first = alive[0] if alive else next(iter(self.directories))
+        self.model = PeftModel.from_pretrained(
+            base, str(self.directories[first]), adapter_name=first
+        ).eval()
+        self._used = dict.fromkeys([first])
+        self.require(alive[: self.capacity])
+
+    def require(self, names: Iterable[str]) -> None:
+        """Load what is missing, and drop what was not used for longest."""
+        wanted = dict.fromkeys(name for name in names if name != BASE)
+        for name in wanted:
+            if name in self._used:
+                self._used[name] = self._used.pop(name)  # now the last in order
+                continue
+            self._make_room(wanted)
+            self.model.load_adapter(str(self.directories[name]), adapter_name=name)
+            self._used[name] = None
+
+    def _make_room(self, wanted: dict[str, None]) -> None:
+        for name in [name for name in self._used if name not in wanted]:
+            if len(self._used) < self.capacity:
+                return
+            self.model.delete_adapter(name)
+            del self._used[name]
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names of the adapters in memory, the one used last at the end."""
+        return list(self._used)
+
+    def words(self) -> list[list[dict]] | None:
+        """For every shard the indexes of the nodes that it serves; None if one has none."""
+        from safetensors.numpy import load_file
+
+        shards = []
+        for name, lineage in self.lineages.items():
+            stages = [node["stage"] for node in lineage["nodes"]] if lineage else []
+            paths = [words_path(self.directories[name], stage) for stage in stages]
+            if not all(path.is_file() for path in paths):
+                return None
+            shards.append([load_file(path) for path in paths])
+        return shards
+
+    def merge(self) -> str:
+        """Put all adapters into one with weight 1/m each, side by side: exact, with all their ranks."""
+        alive = [name for name in self.names if name != BASE]
+        if not alive:
+            return BASE
+        self.require(alive)
+        weights = [1 / len(self.names)] * len(alive)
+        self.model.add_weighted_adapter(alive, weights, MERGED, combination_type="cat")
+        self.model.set_adapter(MERGED)
+        for name in alive:
+            self.model.delete_adapter(name)
+        self._used = {MERGED: None}
+        return MERGED
+
+    @property
+    def base(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.model.get_base_model())
