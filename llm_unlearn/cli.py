@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from llm_unlearn.exact.deletion import Deletion
     from llm_unlearn.exact.run import RunStatus, S3TRun
 
+MOST_SHARDS = 20  # that are shown one by one
+
 app = typer.Typer(
     help="Exact unlearning: plan, delete, rebuild and verify runs made by recipes/s3t.py; compare evaluations.",
     no_args_is_help=True,
@@ -81,8 +83,11 @@ def status(run: RunPath, as_json: Json = False) -> None:
 
 
 def _print_status(current: "RunStatus") -> None:
+    shown = current.shards[:MOST_SHARDS]
+    more = len(current.shards) - len(shown)
     console.print_table(
-        f"{current.path}: {current.blocks} blocks on {current.base_model}",
+        f"{current.path}: {current.blocks} blocks on {current.base_model}"
+        + (f" (the first {len(shown)} shards; {more} more)" if more else ""),
         ("shard", "served", "of", "nodes", "missing", "subjects", "records", "by slice"),
         [
             (
@@ -95,7 +100,7 @@ def _print_status(current: "RunStatus") -> None:
                 s.records,
                 " ".join(map(str, s.slice_records)),
             )
-            for s in current.shards
+            for s in shown
         ],
     )
     print(
@@ -104,7 +109,7 @@ def _print_status(current: "RunStatus") -> None:
     )
     if not current.is_served:
         print("nothing is served yet")
-    for shard in current.shards:
+    for shard in shown:
         if current.is_served and shard.served_depth == 0:
             print(f"shard {shard.shard} serves the base model")
     if any(shard.missing_nodes for shard in current.shards):
@@ -156,9 +161,11 @@ def _print_deletion(done: "Deletion", dry_run: bool) -> None:
         )
     elif done.request is not None:
         depths = ", ".join(f"shard {shard}: {depth}" for shard, depth in done.served.items())
+        if len(done.served) > MOST_SHARDS:
+            depths = f"{sum(done.served.values())} in {len(done.served)} shards"
         print(
             f"deleted {done.subjects} subjects ({done.records} records) in {done.seconds:.2f} s: "
-            f"{done.nodes_removed} nodes dropped; blocks served now: {depths}"
+            f"{done.nodes_removed} nodes dropped; blocks served now: {depths or 'none'}"
         )
         print(f"certificate: {done.certificate}")
     if done.copies_elsewhere:

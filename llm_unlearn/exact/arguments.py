@@ -93,7 +93,10 @@ class S3TConfig(SFTConfig):
     )
     num_shards: int = field(
         default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={"help": "Shards m: members of the ensemble, or experts (1; experts: 16)."},
+        metadata={
+            "help": "Shards m: members of the ensemble, or experts; 0: one for each subject (1; "
+            "experts: 16)."
+        },
     )
     num_slices: int = field(
         default=None,  # pyright: ignore[reportAssignmentType]
@@ -239,8 +242,9 @@ def _check_shape(arguments: S3TConfig) -> None:
     if not arguments.select_margin >= 0 or (arguments.select_floor or 0) > 0:
         raise UserError("--select_margin is 0 or more, --select_floor a log-probability: 0 or less")
     for name in ("num_shards", "num_slices", "num_sequences"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+        least = 0 if name == "num_shards" and arguments.exact_method == "experts" else 1
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
 
 
 def make_config(arguments: S3TConfig, model_arguments: ModelConfig) -> RunConfig:

@@ -73,6 +73,7 @@ class RunConfig:
     """Everything chosen for a run. None of it may be chosen by looking at deletable data.
 
     Attributes:
+        num_shards: 0 for one for each subject.
         sequences: the sequences of slices, the same for every shard.
         completion_only: loss on the completion only, where records have one.
         prefix_cache: replay the hidden states of the frozen layers below a block.

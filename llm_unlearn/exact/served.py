@@ -142,13 +142,19 @@ def is_current(run: RunDirectory, shard: int, nodes: list[Node]) -> bool:
     return (directory / WEIGHTS_NAME).is_file() and (directory / CONFIG_NAME).is_file()
 
 
+def shards_served(run: RunDirectory) -> set[int]:
+    """Numbers of the shards that are served now."""
+    return {int(path.name.split("-")[1]) for path in run.served.glob("shard-*")}
+
+
 def serve(run: RunDirectory) -> dict[int, dict[str, Any]]:
     """Bring `served/` up to date with the surviving nodes, by one rename; returns the lineages.
 
     The caller holds the run's lock. Generations that are not served any more are removed.
     """
     chosen = {shard: prefix_to_serve(run, shard) for shard in run.shards}
-    if not all(is_current(run, shard, nodes) for shard, nodes in chosen.items()):
+    is_whole = shards_served(run) == set(chosen)  # where each subject has a shard, shards go
+    if not is_whole or not all(is_current(run, shard, nodes) for shard, nodes in chosen.items()):
         generation = run.path / "generations" / secrets.token_hex(8)
         generation.mkdir(parents=True)
         for shard, nodes in chosen.items():
@@ -178,6 +184,8 @@ def remove_old_generations(run: RunDirectory) -> int:
 
 def digest_of_served(run: RunDirectory) -> str | None:
     """One digest of everything that is served now, None before anything is."""
+    if not run.served.exists():
+        return None
     lineages = [read_lineage(run.served / f"shard-{shard}") for shard in run.shards]
     if any(entry is None for entry in lineages):
         return None

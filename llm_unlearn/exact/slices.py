@@ -4,11 +4,12 @@
     RUN/records/shard-0/slice-2.<root>.texts digests of the texts, to find copies held by others
 
 The lines are sorted by their keyed leaf, so the bytes of a slice are a function of its records
-and the key: a run that never held a deleted record has the very same file.
+and the key: a run that never held a deleted record has the very same file. Where every subject has a shard
+of its own, only shards with records have files at all.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,13 +51,31 @@ def _quoted_subject(line: bytes) -> bytes:
 
 
 class SliceStore:
-    """Reads and rewrites the slices of a run. Callers hold the run's lock for what writes."""
+    """Reads and rewrites the slices of a run. Callers hold the run's lock for what writes.
+
+    Args:
+        num_shards: 0 for one for each subject, numbered by its keyed hash.
+    """
 
     def __init__(self, directory: Path, key: PartitionKey, num_shards: int, num_slices: int):
         self.directory = directory
         self.key = key
-        self.names = [SliceName(d, s) for d in range(num_shards) for s in range(num_slices)]
         self._shape = (num_shards, num_slices)
+
+    @property
+    def shards(self) -> Sequence[int]:
+        """Numbers of the shards, in order."""
+        num_shards, _ = self._shape
+        if num_shards:
+            return range(num_shards)
+        return sorted(int(path.name.split("-")[1]) for path in self.directory.glob("shard-*"))
+
+    @property
+    def names(self) -> list[SliceName]:
+        return [name for shard in self.shards for name in self.names_in(shard)]
+
+    def names_in(self, shard: int) -> list[SliceName]:
+        return [SliceName(shard, part) for part in range(self._shape[1])]
 
     def path(self, name: SliceName) -> Path:
         return self.directory / f"shard-{name.shard}" / f"slice-{name.slice}.jsonl"
@@ -71,8 +90,8 @@ class SliceStore:
         for record in records:
             if record.subject not in placed:
                 placed[record.subject] = self.place(record.subject)
-            entries[placed[record.subject]].append(self._entry(record))
-        for name in self.names:
+            entries.setdefault(placed[record.subject], []).append(self._entry(record))
+        for name in sorted(entries):
             self._write(name, entries.pop(name))
 
     def _entry(self, record: Record) -> Entry:
@@ -118,7 +137,7 @@ class SliceStore:
 
     def roots(self, shard: int) -> dict[int, str | None]:
         """Merkle root of every slice of a shard; None where the slice is empty."""
-        headers = [self.header(name) for name in self.names if name.shard == shard]
+        headers = [self.header(name) for name in self.names_in(shard)]
         return {header.slice: header.root if header.records else None for header in headers}
 
     def lines(self, name: SliceName) -> Iterator[bytes]:
@@ -134,6 +153,8 @@ class SliceStore:
         Raises:
             RunError: a line is not a record.
         """
+        if self._is_gone(name):
+            return []
         lines = self.lines(name)
         try:
             if subjects is not None:
@@ -142,6 +163,10 @@ class SliceStore:
             return [Record.from_line(line) for line in lines]
         except (ValueError, TypeError):
             raise self._damaged(name) from None
+
+    def _is_gone(self, name: SliceName) -> bool:
+        """Is it a subject's own shard of which nothing is held (any more)?"""
+        return not self._shape[0] and not self.path(name).parent.exists()
 
     def _damaged(self, name: SliceName) -> RunError:
         path = self.path(name)
@@ -153,13 +178,20 @@ class SliceStore:
         Raises:
             RunError: a line is not a record; nothing was rewritten.
         """
+        if self._is_gone(name):
+            return 0
         entries = self._entries(name)
         try:
             gone = self._are_gone([line for _, line, _ in entries], tombstones)
         except (ValueError, TypeError):
             raise self._damaged(name) from None
         kept = [entry for entry, is_gone in zip(entries, gone, strict=True) if not is_gone]
-        if len(kept) < len(entries):
+        if not kept and not self._shape[0]:
+            # Out of sight by a rename first, so that a crash leaves no half of it.
+            doomed = files.temporary_name(self.path(name).parent)
+            self.path(name).parent.rename(doomed)
+            files.remove(doomed)
+        elif len(kept) < len(entries):
             self._write(name, kept)
         return len(entries) - len(kept)
 
@@ -238,7 +270,8 @@ class SliceStore:
         Reads the digests of all records, and the records themselves only where digests meet.
         """
         digests = [self._text_digests(name) for name in self.names]
-        values, counts = np.unique(np.concatenate(digests), return_counts=True)
+        joined = np.concatenate([np.zeros(0, DIGEST_TYPE), *digests])
+        values, counts = np.unique(joined, return_counts=True)
         repeated = values[counts > 1]
         holders: dict[bytes, list[str]] = {}
         for name, held in zip(self.names, digests, strict=True):

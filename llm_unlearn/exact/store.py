@@ -14,7 +14,7 @@ What is wanted is always derived from run.json and the records; nothing is belie
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
@@ -275,8 +275,9 @@ class RunDirectory:
         )
 
     @property
-    def shards(self) -> range:
-        return range(self.config.num_shards)
+    def shards(self) -> Sequence[int]:
+        """Numbers of the shards; where each subject has one, of those that hold records."""
+        return self.slices.shards
 
     @property
     def served(self) -> Path:
@@ -292,6 +293,10 @@ class RunDirectory:
         return {
             node.key: node for shard in self.shards for path in self.paths(shard) for node in path
         }
+
+    def wants(self, node: Node) -> bool:
+        """Is the node one of the complete run? Reads its own shard only."""
+        return node.shard in self.shards and any(node in path for path in self.paths(node.shard))
 
     def changing(self, holder: str) -> AbstractContextManager[None]:
         """Lock for whatever changes records, nodes or what is served; held for moments only."""

@@ -256,7 +256,7 @@ def _cache_states(run: RunDirectory, base: PreTrainedModel, task: Task) -> bool:
         held = [example for owner, example in task.examples if owner == part]
         states = _capture_slice(base, min(task.node.block.layers), held)
         with run.changing("caching hidden states"):
-            if task.node.key not in run.wanted():
+            if not run.wants(task.node):
                 return False
             StateCache.write(path, states)
     return True
@@ -300,7 +300,7 @@ def _publish(run: RunDirectory, node: Node, tensors: Tensors, device: str, secon
     """
     with run.changing("publishing a node"):
         settle(run)
-        if node.key not in run.wanted():
+        if not run.wants(node):
             return False
         details = {
             "identity": run.identity,

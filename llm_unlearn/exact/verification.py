@@ -31,7 +31,7 @@ from llm_unlearn.exact.adapters import (
     to_bytes,
 )
 from llm_unlearn.exact.deletion import certificate_path
-from llm_unlearn.exact.served import read_lineage, words_path
+from llm_unlearn.exact.served import read_lineage, shards_served, words_path
 from llm_unlearn.exact.store import MANIFEST_NAME, RunDirectory
 from llm_unlearn.exact.trie import Node, node_key
 
@@ -142,6 +142,10 @@ def check_served(run: RunDirectory) -> Check:
     if not run.served.exists():
         check.skipped = "nothing is served yet"
         return check
+    check.problems += [
+        f"shard {shard} is served, but the run holds no records of it"
+        for shard in sorted(shards_served(run) - set(run.shards))
+    ]
     for shard in run.shards:
         try:
             check.problems += [

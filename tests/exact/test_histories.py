@@ -28,6 +28,9 @@ SUBJECTS = [f"person {number}" for number in range(12)]
 @st.composite
 def shapes(draw: st.DrawFn) -> dict[str, object]:
     slices = draw(st.integers(1, 4))
+    if draw(st.integers(0, 3)) == 0:
+        subject_experts = {"exact_method": "experts", "num_shards": 0}
+        return {**subject_experts, "num_slices": 1, "num_sequences": 1}
     return {
         "num_shards": draw(st.integers(1, 3)),
         "num_slices": slices,
