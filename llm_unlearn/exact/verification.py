@@ -32,7 +32,7 @@ from llm_unlearn.exact.adapters import (
 from llm_unlearn.exact.deletion import certificate_path
 from llm_unlearn.exact.served import read_lineage
 from llm_unlearn.exact.store import MANIFEST_NAME, RunDirectory
-from llm_unlearn.exact.trie import Node, node_key
+from llm_unlearn.exact.trie import Node, live, node_key
 
 
 @dataclass
@@ -167,7 +167,7 @@ def _served_problems(run: RunDirectory, shard: int) -> list[str]:
     ]:
         problems.append("its nodes are not the beginning of one sequence")
     tensors = load_tensors(directory / WEIGHTS_NAME)
-    problems += _tensor_problems(run, nodes, tensors)
+    problems += _tensor_problems(run, live(nodes), tensors)
     try:
         config = json.loads((directory / CONFIG_NAME).read_bytes())
     except (OSError, ValueError):
@@ -180,7 +180,7 @@ def _served_problems(run: RunDirectory, shard: int) -> list[str]:
 
 
 def _tensor_problems(run: RunDirectory, nodes: list[Node], tensors: Tensors) -> list[str]:
-    """Are the served tensors the bands of these nodes, bit for bit, and nothing beside?"""
+    """Are the served tensors those of these live nodes, bit for bit, and nothing beside?"""
     expected = {name for node in nodes for name in expected_shapes(node, run.shape)}
     if set(tensors) != (expected or set(empty_adapter(run.shape))):
         return ["it holds tensors that belong to no node, or lacks some"]

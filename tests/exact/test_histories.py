@@ -28,11 +28,13 @@ SUBJECTS = [f"person {number}" for number in range(12)]
 @st.composite
 def shapes(draw: st.DrawFn) -> dict[str, object]:
     slices = draw(st.integers(1, 4))
+    blocks = draw(st.sampled_from(["ranks", "layers", "whole"]))
+    orders = min(math.factorial(slices), slices + 2) if blocks != "whole" else 1
     return {
         "num_shards": draw(st.integers(1, 3)),
         "num_slices": slices,
-        "num_sequences": draw(st.integers(1, min(math.factorial(slices), slices + 2))),
-        "blocks": draw(st.sampled_from(["ranks", "layers"])),
+        "num_sequences": draw(st.integers(1, orders)),
+        "blocks": blocks,
         "slice_data": draw(st.sampled_from(["cumulative", "disjoint"])),
     }
 
