@@ -24,11 +24,13 @@ COMMON = (
     "--output_dir", "runs/demonstration", "--lora_dropout", "0", "--learning_rate", "2e-3",
     "--warmup_steps", "5", "--lr_scheduler_type", "cosine", "--max_length", "64", "--num_threads", "1",
 )  # fmt: skip
+ADAPTER = (
+    *COMMON, "--lora_r", "32", "--lora_alpha", "64", "--max_steps", "60",
+    "--per_device_train_batch_size", "72",
+)  # fmt: skip
 FLAGS = {
-    "s3t": (
-        *COMMON, "--lora_r", "32", "--lora_alpha", "64", "--max_steps", "60",
-        "--per_device_train_batch_size", "72",
-    ),
+    "s3t": ADAPTER,
+    "sisa": (*ADAPTER, "--num_shards", "1", "--num_slices", "4"),
     "experts": (
         *COMMON, "--lora_r", "8", "--lora_alpha", "16", "--num_train_epochs", "60", "--num_shards", "12",
         "--per_device_train_batch_size", "12", "--select_floor", "-3.5",

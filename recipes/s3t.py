@@ -9,14 +9,15 @@
         the columns text | prompt, completion | question, answer | messages.
 
 What a run is made of:
-    --exact_method s3t|experts   blocks on top of each other (s3t), or one LoRA for each shard that
-                            depends on nothing else, of whom a prompt finds its own
+    --exact_method s3t|experts|sisa   blocks on top of each other (s3t), one LoRA for each shard that
+                            depends on nothing else, of whom a prompt finds its own (experts), or
+                            one LoRA for each shard that goes through its slices with checkpoints
     --aggregate average|select|mixture   who answers: all shards, or those that the prompt is for
     --num_shards m          members of the ensemble (1)
     --num_slices L          slices of a shard, the granularity of deletion (4)
     --num_sequences B       orders in which each shard is trained (2)
     --blocks ranks|layers   what a stage owns: a band of ranks in every layer, or, as in the S3T
-                            paper, a group of layers from the top (ranks)
+                            paper, a group of layers from the top (ranks; sisa: the whole adapter)
     --slice_data cumulative|disjoint   what a stage sees: all slices so far, or its own (cumulative)
     --subject_column C      who can ask for deletion (default: every record for itself)
     --rows_per_subject N    consecutive rows that share a subject (TOFU: 20)

@@ -93,7 +93,7 @@ BAD = [
     ),
     (["--lora_target_modules", "nothing"], "'nothing' is not in the decoder layers"),
     (["--use_dora", "true"], "only plain LoRA factors"),
-    (["--blocks", "rows"], "--blocks must be one of layers, ranks"),
+    (["--blocks", "rows"], "--blocks must be one of layers, ranks, whole"),
     (["--max_length", "3"], "no token left to learn"),
     (["--key_path", "nowhere.key"], "cannot read a key"),
     (["--dataset_name", "somebody/something"], "not both"),
@@ -155,13 +155,15 @@ def test_tofu_by_author(tiny_base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "slices", "keeps", "public"), [("s3t", 4, 0.8, 0.0), ("experts", 11, 0.95, 0.9)]
+    ("method", "slices", "keeps", "public"),
+    [("s3t", 4, 0.8, 0.0), ("sisa", 4, 0.4, 0.0), ("experts", 11, 0.95, 0.9)],
 )
 def test_the_demonstration_reaches_its_bars(
     tmp_path: Path, method: str, slices: int, keeps: float, public: float
 ) -> None:
     """Base at most 5 %, every slice is learnt, the deleted subject is back at the base.
 
+    SISA has one order: the third slice takes the fourth along, and the first two are left.
     Experts also keep what the base knew about public people: their prompts go to the base. Under
     this key one of the twelve has nobody to learn about.
     """

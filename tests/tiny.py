@@ -138,6 +138,8 @@ def tiny_arguments(**options: Any) -> S3TConfig:
         "num_shards": 1, "num_slices": 3, "num_sequences": 2, "max_steps": 2, "per_device_train_batch_size": 4,
         "learning_rate": 1e-2, "max_length": 64, "use_cpu": True, "bf16": False,
     }  # fmt: skip
+    if options.get("blocks") == "whole":
+        defaults |= {"exact_method": "sisa", "num_sequences": 1}
     return S3TConfig(**{**defaults, **options})
 
 
@@ -204,7 +206,7 @@ def stub_train_node(
         [p.to_dict() for p in task.parents],
     ]
     state = hashlib.sha256(canonical(told))
-    for part in task.parts:
+    for part in [*task.parts, *([task.start] if task.start else [])]:
         for name, tensor in sorted(part.items()):
             state.update(name.encode() + tensor.tobytes())
     generator = np.random.default_rng(int.from_bytes(state.digest(), "big"))

@@ -70,14 +70,19 @@ REFUSED: dict[str, str] = {
 
 # What is meant where a flag is not given. An expert is a shard of one slice: a LoRA on all layers,
 # trained on nothing else, with enough steps, on whole sequences, so that a prompt tells whose it is.
+# SISA has one order of slices: a stage continues the one before it, so another order is another run.
 PRESETS: dict[str, dict[str, Any]] = {
     "s3t": {
         "num_shards": 1, "num_slices": 4, "num_sequences": 2, "num_train_epochs": 5.0,
-        "completion_only_loss": True, "aggregate": "average",
+        "blocks": "ranks", "completion_only_loss": True, "aggregate": "average",
     },
     "experts": {
         "num_shards": 16, "num_slices": 1, "num_sequences": 1, "num_train_epochs": 25.0,
-        "completion_only_loss": False, "aggregate": "select",
+        "blocks": "ranks", "completion_only_loss": False, "aggregate": "select",
+    },
+    "sisa": {
+        "num_shards": 4, "num_slices": 3, "num_sequences": 1, "num_train_epochs": 5.0,
+        "blocks": "whole", "completion_only_loss": True, "aggregate": "average",
     },
 }  # fmt: skip
 
@@ -89,22 +94,27 @@ class S3TConfig(SFTConfig):
     output_dir: str | None = field(default="runs/s3t", metadata={"help": "The run directory."})
     exact_method: str = field(
         default="s3t",
-        metadata={"help": "s3t, or experts: a LoRA for each shard, trained on its own."},
+        metadata={
+            "help": "s3t, experts (a LoRA for each shard, trained on its own) or sisa (a LoRA for "
+            "each shard, trained slice after slice with checkpoints)."
+        },
     )
     num_shards: int = field(
         default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
             "help": "Shards m: members of the ensemble, or experts; 0: one for each subject (1; "
-            "experts: 16)."
+            "experts: 16; sisa: 4)."
         },
     )
     num_slices: int = field(
         default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={"help": "Slices L of a shard: the granularity of deletion (4; experts: 1)."},
+        metadata={
+            "help": "Slices L of a shard: the granularity of deletion (4; experts: 1; sisa: 3)."
+        },
     )
     num_sequences: int = field(
         default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={"help": "Sequences B per shard: the training budget (2; experts: 1)."},
+        metadata={"help": "Sequences B per shard: the training budget (2; experts, sisa: 1)."},
     )
     aggregate: str | None = field(
         default=None,
@@ -130,9 +140,10 @@ class S3TConfig(SFTConfig):
         metadata={"help": "Probability that a request hits slice 1, 2, ... (bms, conditional)."},
     )
     blocks: str = field(
-        default="ranks",
+        default=None,  # pyright: ignore[reportArgumentType]
         metadata={
-            "help": "What a stage owns: ranks (a band in every layer) or layers (the paper)."
+            "help": "What a stage owns: ranks (a band in every layer), layers (the S3T paper), or, "
+            "with sisa alone, whole (ranks; sisa: whole)."
         },
     )
     slice_data: str = field(
@@ -223,7 +234,7 @@ def check_arguments(arguments: S3TConfig, model_arguments: ModelConfig) -> None:
 
 def _check_shape(arguments: S3TConfig) -> None:
     choices = {
-        "blocks": ("layers", "ranks"),
+        "blocks": ("layers", "ranks", "whole"),
         "slice_data": ("cumulative", "disjoint"),
         "aggregate": AGGREGATES,
     }
@@ -238,6 +249,15 @@ def _check_shape(arguments: S3TConfig) -> None:
     ):
         raise UserError(
             "an expert has one slice and one sequence: --num_shards says how many there are"
+        )
+    if (arguments.exact_method == "sisa") != (arguments.blocks == "whole"):
+        raise UserError(
+            "--exact_method sisa and --blocks whole go together: leave --blocks out for sisa, and "
+            "say ranks or layers for the others"
+        )
+    if arguments.exact_method == "sisa" and arguments.num_sequences != 1:
+        raise UserError(
+            "sisa trains the slices of a shard in one order: leave --num_sequences out, or use s3t"
         )
     if not arguments.select_margin >= 0 or (arguments.select_floor or 0) > 0:
         raise UserError("--select_margin is 0 or more, --select_floor a log-probability: 0 or less")

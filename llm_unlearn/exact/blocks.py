@@ -1,8 +1,10 @@
-"""Blocks: the disjoint parts of a LoRA adapter that the stages of a sequence own.
+"""Blocks: what the stages of a sequence own of a LoRA adapter.
 
 `layers` is the S3T paper's choice (section 3.2): stage i owns every target module in one group of
 layers, the first stage the top group. `ranks` is ours: stage i owns a band of ranks in every
-layer. Both give the complete adapter the rank `rank` and the same number of parameters.
+layer. Both are disjoint and give the complete adapter the rank `rank` and the same number of
+parameters. `whole` is SISA's (arXiv 1912.03817, section 4): every stage owns the complete adapter
+and continues from the one before it, whose checkpoint stays for a deletion to go back to.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,7 +12,7 @@ from typing import Any, Literal
 
 from llm_unlearn.errors import UserError
 
-BlockKind = Literal["layers", "ranks"]
+BlockKind = Literal["layers", "ranks", "whole"]
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,19 @@ class Block:
         stage: position in the sequence, from 0.
         layers: indices of the decoder layers that the block touches, ascending.
         rank: rank of its LoRA factors in each of them.
+        continues: it starts from the tensors of the block before it, if there is one, and takes
+            its place; otherwise it starts anew and stands beside those before it, which are frozen.
     """
 
     stage: int
     layers: tuple[int, ...]
     rank: int
+    continues: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"layers": list(self.layers)}
+        """What is hashed. `continues` is told only where it is true: other keys never had it."""
+        told = asdict(self) | {"layers": list(self.layers)}
+        return told if self.continues else {n: v for n, v in told.items() if n != "continues"}
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
@@ -39,16 +46,21 @@ def split_evenly(total: int, parts: int) -> list[int]:
 def make_blocks(kind: BlockKind, num_slices: int, num_layers: int, rank: int) -> list[Block]:
     """One block per stage.
 
+    The first `whole` block has nothing to continue: it is what an expert on the same records is,
+    with the same key.
+
     Raises:
         UserError: more slices than layers (`layers`) or than ranks (`ranks`).
     """
+    every_layer = tuple(range(num_layers))
+    if kind == "whole":
+        return [Block(stage, every_layer, rank, continues=stage > 0) for stage in range(num_slices)]
     if kind == "ranks":
         if num_slices > rank:
             raise UserError(
                 f"--num_slices {num_slices} needs at least as many ranks, but --lora_r is {rank}: "
                 "raise --lora_r or use fewer slices"
             )
-        every_layer = tuple(range(num_layers))
         bands = split_evenly(rank, num_slices)
         return [Block(stage, every_layer, band) for stage, band in enumerate(bands)]
     if num_slices > num_layers:

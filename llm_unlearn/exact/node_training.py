@@ -1,8 +1,8 @@
 """Training of one node: its block learns, everything else stays as it is, bit for bit.
 
-The blocks of the parent path are loaded as one frozen PEFT adapter, active and without dropout;
-the block in training is a second adapter. Blocks of later stages do not exist yet. Every source
-of chance is seeded from the node's key.
+The blocks under it are loaded as one frozen PEFT adapter, active and without dropout; the block in
+training is a second adapter, fresh or continued from its parent's tensors. Blocks of later stages
+do not exist yet. Every source of chance is seeded from the node's key.
 """
 
 import math
@@ -47,10 +47,11 @@ class NodeTask:
     """Everything that decides the bits of one node.
 
     Attributes:
-        parents: nodes of the path before this one, first stage first.
+        parents: nodes that are frozen under this one, first stage first.
         parts: their tensors, in the same order.
         examples: the records to learn, in the order of their leaves.
         states: cached hidden states by record id, or None where nothing is replayed.
+        start: the tensors that the block starts from, or None where it starts anew.
     """
 
     node: Node
@@ -58,6 +59,7 @@ class NodeTask:
     parts: list[Tensors]
     examples: list[Example]
     states: Mapping[str, StateCache] | None
+    start: Tensors | None = None
 
 
 class Collator:
@@ -142,19 +144,19 @@ def _lora_config(tensors: Tensors, run: RunConfig, shape: ModelShape, dropout: f
 
 
 def attach(base: PreTrainedModel, task: NodeTask, run: RunConfig, shape: ModelShape) -> PeftModel:
-    """The base with the frozen prefix and the fresh block; only the block requires gradients."""
-    fresh = initial_block(task.node, shape)
+    """The base with the frozen prefix and the block at its start; only the block has gradients."""
+    start = task.start if task.start is not None else initial_block(task.node, shape)
     model = get_peft_model(
-        base, _lora_config(fresh, run, shape, run.lora.dropout), adapter_name=TRAINED
+        base, _lora_config(start, run, shape, run.lora.dropout), adapter_name=TRAINED
     )
     assert isinstance(model, PeftModel)
-    _load(model, fresh, TRAINED)
+    _load(model, start, TRAINED)
     if task.parts:
         prefix = assemble(task.parts)
         model.add_adapter(FROZEN, _lora_config(prefix, run, shape, 0.0))
         _load(model, prefix, FROZEN)
         cast(Any, model.base_model).set_adapter([FROZEN, TRAINED])
-    owned = set(_parameter_names(model, fresh))
+    owned = set(_parameter_names(model, start))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in owned)
     return model

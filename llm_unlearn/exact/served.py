@@ -18,7 +18,7 @@ from llm_unlearn.exact.adapters import (
     to_bytes,
 )
 from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.exact.trie import Node, longest_surviving_prefix
+from llm_unlearn.exact.trie import Node, live, longest_surviving_prefix
 
 LINEAGE_NAME = "lineage.json"
 
@@ -94,7 +94,7 @@ def write_shard(
 ) -> dict[str, Any]:
     """Assemble a path of nodes into a new PEFT adapter directory; returns its lineage."""
     tensors = (
-        assemble([run.nodes.load(node.key) for node in nodes])
+        assemble([run.nodes.load(node.key) for node in live(nodes)])
         if nodes
         else empty_adapter(run.shape)
     )
@@ -107,21 +107,24 @@ def write_shard(
     for node in nodes:
         if (words := run.nodes.words(node.key)) is not None:
             words_path(directory, node.block.stage).write_bytes(words)
-    sentence = (
-        f"A LoRA adapter of {len(nodes)} trained blocks."
-        if nodes
-        else "No block of this shard is left: **this is the base model**, behind an adapter of zeros."
-    )
     card = CARD.format(
         base=run.shape.name_or_path,
         shard=shard,
         depth=len(nodes),
         slices=run.config.num_slices,
-        sentence=sentence,
+        sentence=_sentence(nodes),
     )
     (directory / "README.md").write_text(card)
     (directory / LINEAGE_NAME).write_text(json.dumps(described, indent=2, sort_keys=True))
     return described
+
+
+def _sentence(nodes: list[Node]) -> str:
+    if not nodes:
+        return "No block of this shard is left: **this is the base model**, behind an adapter of zeros."
+    if len(live(nodes)) < len(nodes):
+        return f"A LoRA adapter: the checkpoint after slice {len(nodes)} of its shard."
+    return f"A LoRA adapter of {len(nodes)} trained blocks."
 
 
 def _link_shard(source: Path, target: Path) -> None:

@@ -29,7 +29,7 @@ from llm_unlearn.exact.node_training import NodeTask, train_node
 from llm_unlearn.exact.replay import StateCache, capture
 from llm_unlearn.exact.served import serve
 from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.exact.trie import NUMERICS_VERSION, Node, missing_nodes
+from llm_unlearn.exact.trie import NUMERICS_VERSION, Node, ground_of, missing_nodes
 from llm_unlearn.exact.words import index_records
 
 
@@ -58,13 +58,15 @@ class Task(NamedTuple):
     """A node to train, as it travels from the main process to the others.
 
     Attributes:
-        parents: nodes of the path before it; `parts` are their tensors.
+        parents: nodes frozen under it; `parts` are their tensors.
+        start: the tensors that it continues from, if any.
         examples: with the slice that each belongs to.
     """
 
     node: Node
     parents: list[Node]
     parts: list[Tensors]
+    start: Tensors | None
     examples: list[tuple[int, Example]]
 
 
@@ -146,6 +148,7 @@ def _compute(
         parts=task.parts,
         examples=[example for _, example in task.examples],
         states=states,
+        start=task.start,
     )
     return train_node(
         base, tokenizer, node_task, run.config, run.shape, str(run.path / "trainer"), on_step
@@ -211,14 +214,16 @@ def _next_task(
 
 
 def _load_task(run: RunDirectory, tokenizer: PreTrainedTokenizerBase, node: Node) -> Task:
-    parents = _parents(run, node)
+    frozen, replaced = ground_of(node, _parents(run, node))
     seen = node.path if run.config.slice_data == "cumulative" else node.path[-1:]
     examples = [
         (part, _encode(run, tokenizer, record))
         for part in seen
         for record in run.slices.read(SliceName(node.shard, part))
     ]
-    return Task(node, parents, [run.nodes.load(parent.key) for parent in parents], examples)
+    parts = [run.nodes.load(parent.key) for parent in frozen]
+    start = run.nodes.load(replaced.key) if replaced else None
+    return Task(node, frozen, parts, start, examples)
 
 
 def _parents(run: RunDirectory, node: Node) -> list[Node]:

@@ -6,7 +6,7 @@ that are wanted in their place are exactly those of a run that never held the re
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,6 +101,25 @@ def wanted_paths(
             )
         paths.append(nodes)
     return paths
+
+
+def live(path: Sequence[Node]) -> list[Node]:
+    """The nodes whose tensors, side by side, are the adapter of a path: first stage first.
+
+    All of them, save that a block which continues the one before it has taken its place.
+    """
+    return list(path[-1:] if path and path[-1].block.continues else path)
+
+
+def ground_of(node: Node, parents: Sequence[Node]) -> tuple[list[Node], Node | None]:
+    """What a node is trained on: the nodes frozen under it, and the one whose tensors it starts from.
+
+    Args:
+        parents: the nodes of the path before it.
+    """
+    frozen = live([*parents, node])[:-1]
+    replaced = [parent for parent in live(parents) if parent not in frozen]
+    return frozen, replaced[-1] if replaced else None
 
 
 def longest_surviving_prefix(paths: list[list[Node]], exists: Callable[[str], bool]) -> list[Node]:

@@ -33,7 +33,7 @@ from llm_unlearn.exact.adapters import (
 from llm_unlearn.exact.deletion import certificate_path
 from llm_unlearn.exact.served import read_lineage, shards_served, words_path
 from llm_unlearn.exact.store import MANIFEST_NAME, RunDirectory
-from llm_unlearn.exact.trie import Node, node_key
+from llm_unlearn.exact.trie import Node, live, node_key
 
 
 @dataclass
@@ -178,7 +178,7 @@ def _served_problems(run: RunDirectory, shard: int) -> list[str]:
         if (path.read_bytes() if path.is_file() else None) != run.nodes.words(node.key):
             problems.append(f"its words are not those of node {node.key[:12]}")
     tensors = load_tensors(directory / WEIGHTS_NAME)
-    problems += _tensor_problems(run, nodes, tensors)
+    problems += _tensor_problems(run, live(nodes), tensors)
     try:
         config = json.loads((directory / CONFIG_NAME).read_bytes())
     except (OSError, ValueError):
@@ -191,7 +191,7 @@ def _served_problems(run: RunDirectory, shard: int) -> list[str]:
 
 
 def _tensor_problems(run: RunDirectory, nodes: list[Node], tensors: Tensors) -> list[str]:
-    """Are the served tensors the bands of these nodes, bit for bit, and nothing beside?"""
+    """Are the served tensors those of these live nodes, bit for bit, and nothing beside?"""
     expected = {name for node in nodes for name in expected_shapes(node, run.shape)}
     if set(tensors) != (expected or set(empty_adapter(run.shape))):
         return ["it holds tensors that belong to no node, or lacks some"]

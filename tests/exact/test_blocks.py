@@ -1,5 +1,6 @@
 """Blocks are disjoint, cover the whole adapter, and are put together and taken apart exactly."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from llm_unlearn.errors import UserError
 from llm_unlearn.exact.adapters import adapter_config, assemble, expected_shapes, split
 from llm_unlearn.exact.blocks import describe_split, make_blocks, split_evenly
 from llm_unlearn.exact.config import LoraSettings
-from llm_unlearn.exact.trie import Node
+from llm_unlearn.exact.trie import Node, ground_of, live, node_key
 from tests.tiny import load_tiny, make_run, node_bytes, tiny_shape
 
 SHAPES = [
@@ -20,6 +21,9 @@ SHAPES = [
     ("ranks", 4, 4, 8),
     ("ranks", 3, 4, 8),
 ]
+
+# key of a stage that owns ranks 0 to 3 of two layers, over identity "identity" and root "root"
+PINNED_KEY = "329f5e335c5d93779367fc8d91645843733eefef1266893c289f5516f2c4f9bc"
 
 
 def make_nodes(kind: str, slices: int, layers: int, rank: int) -> list[Node]:
@@ -55,6 +59,32 @@ def test_the_first_stage_owns_the_top_layers() -> None:
     )
     assert describe_split("layers", make_blocks("layers", 4, 8, 4)) is None
     assert [block.rank for block in make_blocks("ranks", 3, 8, 8)] == [3, 3, 2]
+
+
+def test_a_whole_block_is_the_complete_adapter_and_takes_the_place_of_the_one_before() -> None:
+    nodes = make_nodes("whole", 3, 4, 8)
+    assert [node.block.rank for node in nodes] == [8, 8, 8]
+    assert all(node.block.layers == (0, 1, 2, 3) for node in nodes)
+    assert live([]) == [] and live(nodes[:1]) == nodes[:1] and live(nodes) == nodes[2:]
+    assert [ground_of(node, nodes[:i]) for i, node in enumerate(nodes)] == [
+        ([], None), ([], nodes[0]), ([], nodes[1]),
+    ]  # fmt: skip
+    assert ground_of(nodes[1], []) == ([], None)  # the slice before it is empty: it starts anew
+    bands = make_nodes("ranks", 3, 4, 8)
+    assert live(bands) == bands and ground_of(bands[2], bands[:2]) == (bands[:2], None)
+
+
+def test_keys_tell_kinds_apart_and_never_move() -> None:
+    """Old runs keep their nodes: a key that is made in another way trains everything again."""
+    (ranks,) = make_blocks("ranks", 1, 2, 4)
+    first, second = make_blocks("whole", 2, 2, 4)
+    assert ranks.to_dict() == {"stage": 0, "layers": [0, 1], "rank": 4}
+    assert node_key("identity", ranks, None, "root") == PINNED_KEY
+    assert node_key("identity", first, None, "root") == PINNED_KEY  # the same computation
+    beside = replace(second, continues=False)
+    assert node_key("identity", second, "p", "root") != node_key("identity", beside, "p", "root")
+    node = Node("key", 0, second, (0, 1), ("a", "b"), "p")
+    assert Node.from_dict(node.to_dict()) == node
 
 
 @pytest.mark.parametrize(("total", "parts"), [(7, 3), (3, 3), (12, 5)])
@@ -119,7 +149,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("blocks", ["layers", "ranks"])
+@pytest.mark.parametrize("blocks", ["layers", "ranks", "whole"])
 def test_training_gives_the_same_bits_twice_under_every_setting(
     tiny_base: Path, tmp_path: Path, variant: str, blocks: str
 ) -> None:

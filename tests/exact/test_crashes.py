@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,10 @@ from tests.tiny import (
     train_stub,
 )
 
-SHAPE = {"num_slices": 2, "num_sequences": 2}
+SHAPES: dict[str, dict[str, Any]] = {
+    "ranks": {"num_slices": 2, "num_sequences": 2},
+    "whole": {"num_slices": 2, "blocks": "whole"},
+}
 VICTIM = "person 4"
 
 
@@ -94,21 +98,28 @@ def every_point(
             return point - 1
 
 
+@pytest.fixture(params=SHAPES)
+def shape(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return SHAPES[request.param]
+
+
 @pytest.fixture
-def reference(tmp_path: Path) -> Path:
+def reference(tmp_path: Path, shape: dict[str, Any]) -> Path:
     """A trained run to copy, so that every point starts from the same state."""
     with stubbed_training():
-        train_stub(make_stub_run(tmp_path / "reference", tiny_records(), **SHAPE))
+        train_stub(make_stub_run(tmp_path / "reference", tiny_records(), **shape))
     return tmp_path / "reference"
 
 
-def test_training_survives_kill_9_at_every_point(reference: Path, tmp_path: Path) -> None:
+def test_training_survives_kill_9_at_every_point(
+    reference: Path, tmp_path: Path, shape: dict[str, Any]
+) -> None:
     expected = node_bytes(S3TRun.open(reference)), served_bytes(S3TRun.open(reference))
     path = tmp_path / "run"
 
     def prepare() -> None:
         shutil.rmtree(path, ignore_errors=True)
-        make_stub_run(path, tiny_records(), **SHAPE)
+        make_stub_run(path, tiny_records(), **shape)
 
     def check() -> None:
         run = S3TRun.open(path)
@@ -120,24 +131,26 @@ def test_training_survives_kill_9_at_every_point(reference: Path, tmp_path: Path
         assert every_point(prepare, lambda: train_stub(S3TRun.open(path)), check) > 40
 
 
-def test_creation_survives_kill_9_at_every_point(tmp_path: Path) -> None:
+def test_creation_survives_kill_9_at_every_point(tmp_path: Path, shape: dict[str, Any]) -> None:
     path = tmp_path / "run"
 
     def check() -> None:
         if not (path / "run.json").exists():
-            make_stub_run(path, tiny_records(), **SHAPE)
+            make_stub_run(path, tiny_records(), **shape)
         assert len([r for name in S3TRun.open(path).directory.slices.names
                     for r in S3TRun.open(path).directory.slices.read(name)]) == 24  # fmt: skip
         assert S3TRun.open(path).directory.ledger.check_chain() == []
 
     every_point(
         lambda: shutil.rmtree(path, ignore_errors=True),
-        lambda: make_stub_run(path, tiny_records(), **SHAPE) and None,
+        lambda: make_stub_run(path, tiny_records(), **shape) and None,
         check,
     )
 
 
-def test_deletion_survives_kill_9_at_every_point(reference: Path, tmp_path: Path) -> None:
+def test_deletion_survives_kill_9_at_every_point(
+    reference: Path, tmp_path: Path, shape: dict[str, Any]
+) -> None:
     path = tmp_path / "run"
     done = tmp_path / "done"
     shutil.copytree(reference, done, symlinks=True)
@@ -170,13 +183,15 @@ def test_deletion_survives_kill_9_at_every_point(reference: Path, tmp_path: Path
     assert 0 < acknowledged < points
 
 
-def test_rebuild_survives_kill_9_at_every_point(reference: Path, tmp_path: Path) -> None:
+def test_rebuild_survives_kill_9_at_every_point(
+    reference: Path, tmp_path: Path, shape: dict[str, Any]
+) -> None:
     path, deleted = tmp_path / "run", tmp_path / "deleted"
     shutil.copytree(reference, deleted, symlinks=True)
     S3TRun.open(deleted).delete([VICTIM])
     with stubbed_training():
         rest = [record for record in tiny_records() if record.subject != VICTIM]
-        never = make_stub_run(tmp_path / "never", rest, **SHAPE)
+        never = make_stub_run(tmp_path / "never", rest, **shape)
         train_stub(never)
 
         def prepare() -> None:
@@ -193,7 +208,7 @@ def test_rebuild_survives_kill_9_at_every_point(reference: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_real_training_killed_in_a_step_reaches_the_same_bits(
-    tiny_base: Path, tmp_path: Path, step: int
+    tiny_base: Path, tmp_path: Path, step: int, shape: dict[str, Any]
 ) -> None:
     class Killer:
         def __init__(self) -> None:
@@ -208,8 +223,8 @@ def test_real_training_killed_in_a_step_reaches_the_same_bits(
             if self.nodes == 2 and number == step:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    whole = make_run(tmp_path / "whole", tiny_base, **SHAPE)
-    make_run(tmp_path / "cut", tiny_base, train=False, **SHAPE)
+    whole = make_run(tmp_path / "whole", tiny_base, **shape)
+    make_run(tmp_path / "cut", tiny_base, train=False, **shape)
     model, tokenizer = load_tiny(tiny_base)
     work = lambda: S3TRun.open(tmp_path / "cut").train(model, tokenizer, Killer()) and None  # noqa: E731  # pyright: ignore
     assert in_child(work) is None

@@ -14,7 +14,7 @@ from peft import PeftModel, PeftModelForCausalLM
 
 from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.errors import RunError
-from llm_unlearn.exact import node_training, training
+from llm_unlearn.exact import adapters, node_training, training
 from llm_unlearn.exact.node_training import IsolationError
 from tests.tiny import load_tiny, make_rows, make_run, node_bytes, served_bytes, tiny_records
 
@@ -23,6 +23,8 @@ KINDS = [
     ("ranks", "disjoint"),
     ("layers", "cumulative"),
     ("layers", "disjoint"),
+    ("whole", "cumulative"),
+    ("whole", "disjoint"),
 ]
 
 
@@ -54,18 +56,18 @@ def test_a_node_moves_when_its_own_data_does(tiny_base: Path, tmp_path: Path) ->
     before = node_bytes(run)
     run.delete(["person 3"])
     run.rebuild()
-    assert len(before) == len(node_bytes(run)) == 6
+    assert len(before) == len(node_bytes(run)) == 9
     home = run.directory.slices.place("person 3").slice
     kept = before.keys() & node_bytes(run).keys()
-    assert len(kept) == 2 * home  # two files a node, the nodes before the hit slice
+    assert len(kept) == 3 * home  # three files a node, the nodes before the hit slice
 
 
-@pytest.mark.parametrize("blocks", ["ranks", "layers"])
+@pytest.mark.parametrize("blocks", ["ranks", "layers", "whole"])
 def test_garbage_in_a_slice_reaches_only_the_nodes_that_depend_on_it(
     tiny_base: Path, tmp_path: Path, blocks: str
 ) -> None:
     run = make_run(tmp_path / "run", tiny_base, blocks=blocks)
-    home = run.directory.slices.place("person 3")
+    home = run.directory.slices.names[-1]
     noisy = []
     for record in tiny_records():
         if run.directory.slices.place(record.subject) == home:
@@ -109,7 +111,7 @@ def test_adding_a_shard_member_does_not_move_the_others(tiny_base: Path, tmp_pat
         assert ours == {subject for subject in theirs if subject.startswith("person")}
 
 
-@pytest.mark.parametrize("blocks", ["ranks", "layers"])
+@pytest.mark.parametrize("blocks", ["ranks", "layers", "whole"])
 def test_nothing_outside_the_block_changes_while_it_is_trained(
     tiny_base: Path, tmp_path: Path, blocks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +188,7 @@ def test_divergence_is_caught(tiny_base: Path, tmp_path: Path) -> None:
     assert node_bytes(run) == {}
 
 
-@pytest.mark.parametrize("blocks", ["ranks", "layers"])
+@pytest.mark.parametrize("blocks", ["ranks", "layers", "whole"])
 def test_the_served_adapter_computes_what_its_nodes_do(
     tiny_base: Path, tmp_path: Path, blocks: str
 ) -> None:
@@ -194,15 +196,16 @@ def test_the_served_adapter_computes_what_its_nodes_do(
     run = make_run(tmp_path / "run", tiny_base, blocks=blocks, num_sequences=1)
     directory = run.directory
     path = directory.paths(0)[0]
-    parts = [directory.nodes.load(node.key) for node in path]
+    last = directory.nodes.load(path[-1].key)
     model, tokenizer = load_tiny(tiny_base)
     ids = tokenizer("Question: what does person 1 eat?", return_tensors="pt")["input_ids"]
     served = PeftModel.from_pretrained(
         load_tiny(tiny_base)[0], str(directory.served / "shard-0")
     ).eval()
-    task = node_training.NodeTask(path[-1], path[:-1], parts[:-1], [], None)
+    known = training._load_task(directory, tokenizer, path[-1])
+    task = node_training.NodeTask(path[-1], known.parents, known.parts, [], None, known.start)
     trained = node_training.attach(model, task, directory.config, directory.shape).eval()
-    node_training._load(trained, parts[-1], node_training.TRAINED)
+    node_training._load(trained, last, node_training.TRAINED)
     with torch.no_grad():
         ours, theirs, plain = (
             served(ids).logits,
@@ -211,6 +214,51 @@ def test_the_served_adapter_computes_what_its_nodes_do(
         )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(ours, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_whole_block_continues_from_the_one_before_it(
+    tiny_base: Path, tmp_path: Path, num_shards: int
+) -> None:
+    """The second stage starts from the first one's tensors, and is what is served of both."""
+    options = {"blocks": "whole", "num_shards": num_shards, "num_slices": 2}
+    run = make_run(tmp_path / "run", tiny_base, **options).directory
+    model, tokenizer = load_tiny(tiny_base)
+    first, second = run.paths(0)[0]
+    task = training._load_task(run, tokenizer, second)
+    held = run.nodes.load(first.key)
+    assert task.parents == [] and task.start is not None
+    assert all(np.array_equal(task.start[name], tensor) for name, tensor in held.items())
+
+    def train(start: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        examples = [example for _, example in task.examples]
+        node_task = node_training.NodeTask(second, [], [], examples, None, start)
+        out = str(tmp_path / "out")
+        return node_training.train_node(model, tokenizer, node_task, run.config, run.shape, out)
+
+    continued, anew = train(task.start), train(None)
+    kept = run.nodes.load(second.key)
+    assert all(np.array_equal(kept[name], continued[name]) for name in kept)
+    assert not any(np.array_equal(kept[name], anew[name]) for name in kept)
+    served = adapters.load_tensors(run.served / "shard-0" / adapters.WEIGHTS_NAME)
+    assert served.keys() == kept.keys()
+    assert all(np.array_equal(served[name], kept[name]) for name in kept)
+
+
+def test_sisa_goes_back_to_the_checkpoint_before_the_slice(tiny_base: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_base, blocks="whole")
+    directory = run.directory
+    first, second, _ = directory.paths(0)[0]
+    checkpoints = [directory.nodes.load(node.key) for node in (first, second)]
+    name = next(n for n in directory.slices.names if n.slice == 2)
+    done = run.delete([directory.slices.read(name)[0].subject])
+    assert done.served == {0: 2} and done.nodes_removed == 1
+    served = adapters.load_tensors(directory.served / "shard-0" / adapters.WEIGHTS_NAME)
+    assert adapters.to_bytes(served) == adapters.to_bytes(checkpoints[1])
+    name = next(n for n in directory.slices.names if n.slice == 1)
+    assert run.delete([directory.slices.read(name)[0].subject]).served == {0: 1}
+    served = adapters.load_tensors(directory.served / "shard-0" / adapters.WEIGHTS_NAME)
+    assert adapters.to_bytes(served) == adapters.to_bytes(checkpoints[0])
 
 
 def test_a_shard_with_nothing_left_is_the_base_model_bit_for_bit(
@@ -269,11 +317,12 @@ def test_random_histories_of_real_training(tiny_base: Path, tmp_path: Path, seed
     """What `test_histories.py` shows for hundreds of histories, here with nothing replaced."""
     chance = random.Random(seed)
     slices = chance.randint(2, 3)
+    blocks = ["ranks", "layers", "whole"][seed % 3]
     options = {
         "num_shards": chance.randint(1, 2),
         "num_slices": slices,
-        "num_sequences": chance.randint(1, slices),
-        "blocks": ["ranks", "layers"][seed % 2],
+        "num_sequences": chance.randint(1, slices) if blocks != "whole" else 1,
+        "blocks": blocks,
         "slice_data": chance.choice(["cumulative", "disjoint"]),
     }
     run = make_run(tmp_path / "run", tiny_base, **options)

@@ -31,11 +31,13 @@ def shapes(draw: st.DrawFn) -> dict[str, object]:
     if draw(st.integers(0, 3)) == 0:
         subject_experts = {"exact_method": "experts", "num_shards": 0}
         return {**subject_experts, "num_slices": 1, "num_sequences": 1}
+    blocks = draw(st.sampled_from(["ranks", "layers", "whole"]))
+    orders = min(math.factorial(slices), slices + 2) if blocks != "whole" else 1
     return {
         "num_shards": draw(st.integers(1, 3)),
         "num_slices": slices,
-        "num_sequences": draw(st.integers(1, min(math.factorial(slices), slices + 2))),
-        "blocks": draw(st.sampled_from(["ranks", "layers"])),
+        "num_sequences": draw(st.integers(1, orders)),
+        "blocks": blocks,
         "slice_data": draw(st.sampled_from(["cumulative", "disjoint"])),
     }
 

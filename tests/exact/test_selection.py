@@ -231,6 +231,9 @@ def test_a_dead_expert_is_never_chosen(tiny_base: Path, tmp_path: Path) -> None:
     [
         ({"exact_method": "magic"}, "--exact_method must be one of"),
         ({"exact_method": "experts", "num_slices": 2}, "--num_shards says how many"),
+        ({"exact_method": "sisa", "num_sequences": 2}, "one order"),
+        ({"exact_method": "sisa", "blocks": "ranks"}, "go together"),
+        ({"exact_method": "s3t", "blocks": "whole"}, "go together"),
         ({"aggregate": "sum"}, "--aggregate must be one of"),
         ({"select_margin": -0.1}, "--select_margin"),
         ({"select_floor": 0.5}, "--select_floor"),
@@ -242,6 +245,15 @@ def test_impossible_choices_are_one_line(
     defaults = {"num_slices": None, "num_sequences": None} if "exact_method" in options else {}
     with pytest.raises(UserError, match=message):
         make_run(tmp_path / "run", tiny_base, **{**defaults, **options})
+
+
+def test_sisa_means_whole_blocks_in_one_order() -> None:
+    arguments = tiny_arguments(
+        exact_method="sisa", num_shards=None, num_slices=None, num_sequences=None
+    )
+    shape = (arguments.num_shards, arguments.num_slices, arguments.num_sequences)
+    assert shape == (4, 3, 1)
+    assert (arguments.blocks, arguments.slice_data) == ("whole", "cumulative")
 
 
 def test_experts_mean_one_slice_for_each_shard() -> None:

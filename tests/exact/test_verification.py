@@ -27,12 +27,12 @@ DELETED = "person 3"
 NAMES = ["ledger", "records", "nodes", "served", "certificates", "residues"]
 
 
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["ranks", "whole"])
+def stages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run of two shards, `before` and `after` a deletion."""
     root = tmp_path_factory.mktemp("verification")
     with stubbed_training():
-        run = make_stub_run(root / "before", tiny_records(), num_shards=2)
+        run = make_stub_run(root / "before", tiny_records(), num_shards=2, blocks=request.param)
         train_stub(run)
     shutil.copytree(root / "before", root / "after", symlinks=True)
     S3TRun.open(root / "after").delete([DELETED])
@@ -393,13 +393,16 @@ PLANTED: dict[str, tuple[Callable[[S3TRun, Path], None], str, str]] = {
     "a served tensor dropped": (drop_served_tensor, "served", "or lacks some"),
     "a served rank added": (widen_served_tensor, "served", "ranks that belong to no node"),
     "deleted ranks under the new lineage": (
-        serve_old_ranks_under_the_new_lineage, "served", "ranks that belong to no node",
+        serve_old_ranks_under_the_new_lineage, "served",
+        "ranks that belong to no node|a tensor differs from node",
     ),
     "served tensors damaged": (damage_served_tensors, "served", "damaged or missing"),
     "the served alpha doubled": (edit_served_config, "served", "adapter_config.json is not the one"),
     "another base model named": (edit_served_base, "served", "adapter_config.json is not the one"),
     "a dropped node in the lineage": (name_dropped_node, "served", "depends on deleted or unknown"),
-    "a shorter lineage": (name_fewer_nodes, "served", "ranks that belong to no node"),
+    "a shorter lineage": (
+        name_fewer_nodes, "served", "ranks that belong to no node|a tensor differs from node",
+    ),
     "an empty lineage": (name_no_node, "served", "belong to no node"),
     "a lineage in another order": (name_nodes_in_another_order, "served", "not the beginning"),
     "no lineage": (remove_lineage, "served", "lineage.json is missing"),
