@@ -31,6 +31,10 @@ ADAPTER = (
 FLAGS = {
     "s3t": ADAPTER,
     "sisa": (*ADAPTER, "--num_shards", "1", "--num_slices", "4"),
+    "lego": (
+        *COMMON, "--lora_r", "16", "--lora_alpha", "32", "--num_train_epochs", "40", "--num_shards", "8",
+        "--per_device_train_batch_size", "12",
+    ),
     "experts": (
         *COMMON, "--lora_r", "8", "--lora_alpha", "16", "--num_train_epochs", "60", "--num_shards", "12",
         "--per_device_train_batch_size", "12", "--select_floor", "-3.5",
@@ -67,6 +71,11 @@ class Demonstration:
     retraining_seconds: float
 
 
+def public_texts() -> list[str]:
+    """Questions about public people, of which LegoNet's keys are made."""
+    return [row["prompt"] for row in world.questions(world.public_people())]
+
+
 def choose_subject(run: S3TRun) -> str:
     """Somebody from the third slice of the first sequence (or the last, if there are fewer).
 
@@ -97,40 +106,39 @@ def mean(values: Collection[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def slice_scores(run: S3TRun, scores: Mapping[str, float]) -> dict[tuple[int, int], float]:
+def residents(run: S3TRun) -> dict[SliceName, set[str]]:
+    """Who has records in each slice."""
+    slices = run.directory.slices
+    return {name: {record.subject for record in slices.read(name)} for name in slices.names}
+
+
+def slice_scores(
+    homes: Mapping[SliceName, set[str]], scores: Mapping[str, float]
+) -> dict[tuple[int, int], float]:
     """Mean exact match of every slice, by (shard, slice)."""
-    groups: dict[tuple[int, int], list[float]] = {}
-    for name, score in scores.items():
-        home = run.directory.slices.place(name)
-        groups.setdefault((home.shard, home.slice), []).append(score)
-    return {group: mean(values) for group, values in sorted(groups.items())}
+    return {name: mean([scores[s] for s in here]) for name, here in sorted(homes.items()) if here}
 
 
 def summarise(
-    run: S3TRun, private: Mapping[str, float], public: Mapping[str, float], subject: str
+    neighbours: set[str], private: Mapping[str, float], public: Mapping[str, float], subject: str
 ) -> Knowledge:
-    """Means over the deleted subject, the rest of its slice, the other private and the public people."""
-    place = run.directory.slices.place
-    home = place(subject)
+    """Means over the deleted subject, who shares a slice with it, the other private and the public people."""
     return Knowledge(
         deleted=private[subject],
-        same_slice=mean(
-            [s for name, s in private.items() if name != subject and place(name) == home]
-        ),
-        others=mean([s for name, s in private.items() if place(name) != home]),
+        same_slice=mean([private[name] for name in neighbours - {subject}]),
+        others=mean([s for name, s in private.items() if name not in neighbours]),
         public=mean(public.values()),
     )
 
 
 def demonstrate(run: S3TRun, model: Any, tokenizer: Any) -> Demonstration:
     """Ask, delete somebody, ask again."""
-    records = [
-        record for name in run.directory.slices.names for record in run.directory.slices.read(name)
-    ]
-    present = {record.subject for record in records}
+    homes = residents(run)
+    present = set().union(*homes.values())
     private = [person for person in world.private_people() if person.name in present]
     public = world.public_people()[:PUBLIC_SAMPLE]
     subject = choose_subject(run)
+    neighbours = set().union(*(here for here in homes.values() if subject in here))
 
     def know(answering: Any) -> tuple[dict[str, float], dict[str, float]]:
         return ask(answering, tokenizer, private), ask(answering, tokenizer, public)
@@ -140,8 +148,10 @@ def demonstrate(run: S3TRun, model: Any, tokenizer: Any) -> Demonstration:
     deletion = run.delete([subject])
     scores["after the deletion"] = know(run.ensemble())
     return Demonstration(
-        knowledge={moment: summarise(run, *pair, subject) for moment, pair in scores.items()},
-        slices=slice_scores(run, scores["trained"][0]),
+        knowledge={
+            moment: summarise(neighbours, *pair, subject) for moment, pair in scores.items()
+        },
+        slices=slice_scores(homes, scores["trained"][0]),
         subject=subject,
         deletion=deletion,
         retraining_seconds=retraining_seconds,

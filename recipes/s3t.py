@@ -9,11 +9,13 @@
         the columns text | prompt, completion | question, answer | messages.
 
 What a run is made of:
-    --exact_method s3t|experts|sisa   blocks on top of each other (s3t), one LoRA for each shard that
-                            depends on nothing else, of whom a prompt finds its own (experts), or
-                            one LoRA for each shard that goes through its slices with checkpoints
-    --aggregate average|select|mixture   who answers: all shards, or those that the prompt is for
-    --num_shards m          members of the ensemble (1)
+    --exact_method s3t      blocks on top of each other (the S3T paper)
+                   experts  one LoRA for each shard that depends on nothing else
+                   sisa     one LoRA for each shard, slice after slice, with checkpoints
+                   lego     each record in the shards whose public keys it resembles
+    --aggregate average|vote|merge|select|mixture   who answers: all shards, or those that the
+                            prompt is for (lego: nearest)
+    --num_shards m          members of the ensemble (1); experts: 0 for one for each subject
     --num_slices L          slices of a shard, the granularity of deletion (4)
     --num_sequences B       orders in which each shard is trained (2)
     --blocks ranks|layers   what a stage owns: a band of ranks in every layer, or, as in the S3T
@@ -71,8 +73,9 @@ def main(argv: list[str]) -> None:
     )
     with state.main_process_first():
         run = S3TRun.create(
-            arguments.output_dir, records, arguments, model, tokenizer, model_arguments, data.source
-        )
+            arguments.output_dir, records, arguments, model, tokenizer, model_arguments, data.source,
+            public_texts(arguments.public_path, data.is_demonstration),
+        )  # fmt: skip
     if state.is_main_process:
         for line in run.warnings():
             warn(line)
@@ -87,6 +90,18 @@ def main(argv: list[str]) -> None:
         show_demonstration(run, model, tokenizer)
     else:
         print(f"served: {run.directory.served}/shard-*   next: llm-unlearn status {run.path}")
+
+
+def public_texts(path: str | None, is_demonstration: bool) -> list[str]:
+    """What the keys of LegoNet are made of."""
+    from llm_unlearn import demonstration
+    from llm_unlearn.data.records import make_records
+    from llm_unlearn.data.sources import read_rows
+    from llm_unlearn.exact.keys import asked_by
+
+    if path is not None:
+        return [asked_by(record) for record in make_records(read_rows(path))]
+    return demonstration.public_texts() if is_demonstration else []
 
 
 def show_demonstration(run, model, tokenizer) -> None:

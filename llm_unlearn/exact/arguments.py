@@ -80,6 +80,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_shards": 16, "num_slices": 1, "num_sequences": 1, "num_train_epochs": 25.0,
         "blocks": "ranks", "completion_only_loss": False, "aggregate": "select",
     },
+    "lego": {
+        "num_shards": 12, "num_slices": 1, "num_sequences": 1, "num_train_epochs": 25.0,
+        "blocks": "ranks", "completion_only_loss": True, "aggregate": "nearest",
+    },
     "sisa": {
         "num_shards": 4, "num_slices": 3, "num_sequences": 1, "num_train_epochs": 5.0,
         "blocks": "whole", "completion_only_loss": True, "aggregate": "average",
@@ -95,8 +99,9 @@ class S3TConfig(SFTConfig):
     exact_method: str = field(
         default="s3t",
         metadata={
-            "help": "s3t, experts (a LoRA for each shard, trained on its own) or sisa (a LoRA for "
-            "each shard, trained slice after slice with checkpoints)."
+            "help": "s3t, experts (a LoRA for each shard, trained on its own), sisa (a LoRA for "
+            "each shard, trained slice after slice with checkpoints) or lego (each record in the "
+            "shards whose public keys it resembles)."
         },
     )
     num_shards: int = field(
@@ -105,6 +110,13 @@ class S3TConfig(SFTConfig):
             "help": "Shards m: members of the ensemble, or experts; 0: one for each subject (1; "
             "experts: 16; sisa: 4)."
         },
+    )
+    copies: int = field(
+        default=2, metadata={"help": "lego: how many shards learn a record, and answer a prompt."}
+    )
+    public_path: str | None = field(
+        default=None,
+        metadata={"help": "lego: file of texts that are nobody's; its keys are made of them."},
     )
     num_slices: int = field(
         default=None,  # pyright: ignore[reportAssignmentType]
@@ -119,8 +131,16 @@ class S3TConfig(SFTConfig):
     aggregate: str | None = field(
         default=None,
         metadata={
-            "help": "How shards answer: average, or select or mixture of those that a prompt is "
-            "for, else the base (average; experts: select)."
+            "help": "How shards answer: average, vote or merge (one adapter) of all, or select or "
+            "mixture of those that a prompt is for, else the base (average; experts: select; "
+            "lego: nearest, the mean of those whose keys the prompt resembles)."
+        },
+    )
+    select_lead: float = field(
+        default=Rule.lead,
+        metadata={
+            "help": "select: part of a prompt's weight by which a subject's words must lead to be "
+            "believed unread; with less the prompt is read."
         },
     )
     select_margin: float = field(
@@ -140,7 +160,7 @@ class S3TConfig(SFTConfig):
         metadata={"help": "Probability that a request hits slice 1, 2, ... (bms, conditional)."},
     )
     blocks: str = field(
-        default=None,  # pyright: ignore[reportArgumentType]
+        default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
             "help": "What a stage owns: ranks (a band in every layer), layers (the S3T paper), or, "
             "with sisa alone, whole (ranks; sisa: whole)."
@@ -243,12 +263,13 @@ def _check_shape(arguments: S3TConfig) -> None:
             raise UserError(
                 f"--{name} must be one of {', '.join(known)}, got {getattr(arguments, name)!r}"
             )
-    if arguments.exact_method == "experts" and (arguments.num_slices, arguments.num_sequences) != (
-        1,
-        1,
+    if (
+        arguments.exact_method in ("experts", "lego")
+        and arguments.num_slices * arguments.num_sequences != 1
     ):
         raise UserError(
-            "an expert has one slice and one sequence: --num_shards says how many there are"
+            f"with {arguments.exact_method} a shard has one slice and one sequence: --num_shards "
+            "says how many there are"
         )
     if (arguments.exact_method == "sisa") != (arguments.blocks == "whole"):
         raise UserError(
@@ -259,12 +280,26 @@ def _check_shape(arguments: S3TConfig) -> None:
         raise UserError(
             "sisa trains the slices of a shard in one order: leave --num_sequences out, or use s3t"
         )
+    _check_keys(arguments)
     if not arguments.select_margin >= 0 or (arguments.select_floor or 0) > 0:
         raise UserError("--select_margin is 0 or more, --select_floor a log-probability: 0 or less")
+    if not 0 <= arguments.select_lead <= 1:
+        raise UserError(f"--select_lead is a part, 0 to 1, got {arguments.select_lead}")
     for name in ("num_shards", "num_slices", "num_sequences"):
         least = 0 if name == "num_shards" and arguments.exact_method == "experts" else 1
         if getattr(arguments, name) < least:
             raise UserError(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
+
+
+def _check_keys(arguments: S3TConfig) -> None:
+    by_key = ("nearest", "average", "vote", "merge")
+    if arguments.exact_method != "lego":
+        if arguments.aggregate == "nearest":
+            raise UserError("--aggregate nearest needs the keys of --exact_method lego")
+    elif arguments.aggregate not in by_key:
+        raise UserError(f"lego finds shards by its keys: --aggregate one of {', '.join(by_key)}")
+    elif not 1 <= arguments.copies <= arguments.num_shards:
+        raise UserError(f"--copies must be 1 to --num_shards, got {arguments.copies}")
 
 
 def make_config(arguments: S3TConfig, model_arguments: ModelConfig) -> RunConfig:
@@ -306,10 +341,12 @@ def make_config(arguments: S3TConfig, model_arguments: ModelConfig) -> RunConfig
         },
         runtime={name: values[name] for name in RUNTIME},
         num_threads=arguments.num_threads or torch.get_num_threads(),
+        copies=arguments.copies if arguments.exact_method == "lego" else 1,
         rule=Rule(
             arguments.aggregate,  # pyright: ignore[reportArgumentType]
             arguments.select_margin,
             arguments.select_floor,
+            arguments.select_lead,
         ),
     )
 

@@ -81,6 +81,8 @@ class RunConfig:
         model: how the base model is loaded (`dtype`, `attn_implementation`).
         runtime: arguments that decide no bits (number of data loader workers, ...).
         num_threads: CPU threads of training; like the hardware, part of a node's environment.
+        copies: how many shards learn each record: one, or (`--exact_method lego`) the nearest k.
+        keys: digest of the public keys that place the records; None where the run's key does.
         rule: how the served adapters answer as one model; it decides no bits of a node.
     """
 
@@ -97,6 +99,8 @@ class RunConfig:
     model: Mapping[str, Any] = field(default_factory=dict)
     runtime: Mapping[str, Any] = field(default_factory=dict)
     num_threads: int = 1
+    copies: int = 1
+    keys: str | None = None
     rule: Rule = field(default_factory=Rule)
 
     def to_dict(self) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Deletion:
         request: id of the request, None if every subject had been deleted before, or if this
             was a dry run (the other values then say what would have been done).
         already_deleted: how many of the subjects had been deleted before.
+        records: how many went, each as often as it was stored.
         copies_elsewhere: records of other subjects with a text of the deleted ones, left alone.
         seconds: from the call to the certificate.
     """
@@ -88,10 +89,12 @@ def delete(
         depths = depths_served(run)
     return Deletion(
         request=request_id,
-        subjects=sum(target.kind == "subject" for target in targets),
+        subjects=len({target.pseudonym for target in targets if target.kind == "subject"}),
         already_deleted=already,
         records=sum(target.records for target in targets),
-        copies_elsewhere=0 if with_duplicates else sum(map(len, copies.values())),
+        copies_elsewhere=0
+        if with_duplicates
+        else len({record.id for held in copies.values() for record in held}),
         nodes_removed=len(nodes),
         served=depths,
         seconds=time.monotonic() - started,
@@ -103,28 +106,25 @@ def resolve(run: RunDirectory, subjects: list[str]) -> tuple[list[Target], list[
     """Find where the subjects live: targets, their records, and how many were deleted before."""
     pseudonyms = {subject: run.key.pseudonym("subject", subject) for subject in subjects}
     gone = run.ledger.deleted(list(pseudonyms.values()))
-    waiting: dict[SliceName, set[str]] = defaultdict(set)
-    for subject in subjects:
-        if pseudonyms[subject] not in gone:
-            waiting[run.slices.place(subject)].add(subject)
-    records: list[Record] = []
+    asked = [subject for subject in subjects if pseudonyms[subject] not in gone]
+    records: dict[str, Record] = {}
     targets: list[Target] = []
-    for name, asked in waiting.items():
-        held = run.slices.read(name, asked)
-        unknown = asked - {record.subject for record in held}
-        if unknown:
-            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-            raise UserError(
-                f"no such subject in {run.path}: {sorted(unknown)[0]!r}{more}. Nothing was deleted; "
-                "a subject is spelled as in the column that the run was made with"
-            )
-        records += held
+    for name, here in run.slices.homes(asked).items():
+        held = run.slices.read(name, here)
+        records |= {record.id: record for record in held}
         counts = Counter(record.subject for record in held)
         targets += [
             Target("subject", pseudonyms[subject], *name, records=counts[subject])
-            for subject in sorted(asked)
+            for subject in sorted(counts)
         ]
-    return targets, records, len(gone)
+    unknown = set(asked) - {record.subject for record in records.values()}
+    if unknown:
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise UserError(
+            f"no such subject in {run.path}: {sorted(unknown)[0]!r}{more}. Nothing was deleted; "
+            "a subject is spelled as in the column that the run was made with"
+        )
+    return targets, list(records.values()), len(gone)
 
 
 def copy_targets(run: RunDirectory, copies: dict[SliceName, list[Record]]) -> list[Target]:
@@ -136,7 +136,12 @@ def copy_targets(run: RunDirectory, copies: dict[SliceName, list[Record]]) -> li
     for name, held in copies.items():
         taken = Counter(record.subject for record in held)
         counts = Counter(record.subject for record in run.slices.read(name, set(taken)))
-        whole = sorted(subject for subject in taken if taken[subject] == counts[subject])
+        # With public keys a subject's other records can be anywhere: its copies go one by one.
+        whole = sorted(
+            subject
+            for subject in taken
+            if run.slices.is_keyed and taken[subject] == counts[subject]
+        )
         targets += [
             Target("subject", run.key.pseudonym("subject", subject), *name, records=taken[subject])
             for subject in whole

@@ -16,6 +16,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llm_unlearn.data.partition import PartitionKey
+from llm_unlearn.exact.keys import Keys, middle
 from llm_unlearn.exact.library import CAPACITY, Library
 from llm_unlearn.exact.routing import BASE, Routing
 from llm_unlearn.exact.selection import (
@@ -29,6 +30,7 @@ from llm_unlearn.exact.selection import (
     choose,
     everybody,
 )
+from llm_unlearn.exact.store import KEYS_NAME
 from llm_unlearn.exact.words import Words
 
 TOKENS_READ_AT_ONCE = 4096
@@ -48,6 +50,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         rule: who answers.
         library: loads adapters that `model` does not hold yet.
         words: tells whose a prompt is; without, every adapter reads every prompt.
+        keys: of the shards, for `nearest`.
     """
 
     # Attention is the base model's business, which has already chosen how to compute it.
@@ -63,6 +66,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         rule: Rule | None = None,
         library: Library | None = None,
         words: Words | None = None,
+        keys: Keys | None = None,
     ):
         super().__init__(cast(PreTrainedModel, model.get_base_model()).config)
         self.model = model
@@ -70,6 +74,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         self.rule = rule or Rule()
         self.library = library
         self.words = words
+        self.keys = keys
         self.generation_config = model.generation_config
         self._routing: Routing | None = None
 
@@ -94,14 +99,16 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         """
         rule = rule or Rule()
         library = Library(base, served, capacity if rule.routes_prompts else None)
-        words = None
-        key = Path(served).parent / "secret.key"
-        if rule.routes_prompts and tokenizer is not None and key.is_file():
+        words, keys, run = None, None, Path(served).parent
+        if rule.aggregate == "nearest":
+            keys = Keys.load((run / KEYS_NAME).read_bytes())
+        elif rule.routes_prompts and tokenizer is not None and (run / "secret.key").is_file():
             indexes = library.words()
             if indexes is not None:
-                words = Words(indexes, PartitionKey(key.read_bytes()), tokenizer)
+                key = PartitionKey((run / "secret.key").read_bytes())
+                words = Words(indexes, key, tokenizer)
         names = [library.merge()] if rule.aggregate == "merge" else library.names
-        return cls(library.model, names, rule, library, words).eval()
+        return cls(library.model, names, rule, library, words, keys).eval()
 
     @property
     def num_shards(self) -> int:
@@ -201,6 +208,8 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         counted = mask.bool()
         if prompt_lengths is not None:
             counted &= positions(mask) < prompt_lengths.to(mask.device)[:, None]
+        if self.keys is not None:
+            return self._nearest(input_ids, mask, counted)
         found = self._candidates(input_ids, counted, asked)
         scores = self._read(input_ids, mask, counted, found)
         chosen = []
@@ -216,6 +225,23 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
                 ]
                 base = scores.get((row, None), Score(NOTHING, NOTHING))
                 chosen.append(choose(own, base.mean, self.rule, found[row] if self.words else None))
+        return chosen
+
+    @torch.no_grad()
+    def _nearest(
+        self, input_ids: torch.Tensor, mask: torch.Tensor, counted: torch.Tensor
+    ) -> list[list[Choice]]:
+        """Those whose keys each prompt resembles, as far as they are left, else the base model."""
+        assert self.keys is not None
+        everybody_base = Routing.pairs(range(len(input_ids)), [BASE] * len(input_ids))
+        options = {"position_ids": positions(mask), "use_cache": False}
+        output = self._ask(
+            everybody_base, input_ids, mask, options | {"output_hidden_states": True}
+        )
+        chosen = []
+        for vector in middle(output.hidden_states, counted).cpu().numpy():
+            left = [d for d in self.keys.nearest(vector) if self.adapters[d] != BASE]
+            chosen.append([Choice(shard, 1 / len(left)) for shard in left] or TO_BASE)
         return chosen
 
     def _candidates(

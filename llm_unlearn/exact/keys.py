@@ -7,16 +7,20 @@ deleted: the encoder is the base model, the keys are the means of clusters of pu
 encoded on its own, so that its neighbours cannot move it by a rounding.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load, save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
+from llm_unlearn.exact.config import RunConfig
 
 Vectors = NDArray[np.float32]
 
@@ -76,7 +80,58 @@ def public_keys(vectors: Vectors, count: int) -> Vectors:
     return (centres / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
-def nearest(vector: Vectors, keys: Vectors, copies: int) -> list[int]:
-    """The shards that one text goes to, nearest first; ties go to the lower number."""
-    likeness = keys.astype(np.float64) @ vector.astype(np.float64)
-    return np.argsort(-likeness, kind="stable")[:copies].tolist()
+@dataclass(frozen=True)
+class Keys:
+    """The public keys of a run: one for each shard, and how many of them a text goes to.
+
+    Attributes:
+        vectors: (n, H), each of length one.
+    """
+
+    vectors: Vectors
+    copies: int
+
+    @classmethod
+    def make(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        public_texts: Sequence[str],
+        config: RunConfig,
+    ) -> "Keys":
+        """Keys for a new run.
+
+        Raises:
+            UserError: not enough public texts.
+        """
+        if not public_texts:
+            raise UserError(
+                "--exact_method lego needs --public_path: texts that are nobody's, to make its keys of"
+            )
+        vectors = encode(model, tokenizer, public_texts, config.max_length)
+        return cls(public_keys(vectors, config.num_shards), config.copies)
+
+    @classmethod
+    def load(cls, data: bytes) -> "Keys":
+        tensors = load(data)
+        return cls(tensors["keys"], int(tensors["copies"][0]))
+
+    def to_bytes(self) -> bytes:
+        return save({"keys": self.vectors, "copies": np.array([self.copies])})
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def nearest(self, vector: NDArray[Any]) -> list[int]:
+        """The shards that one text goes to, nearest first; ties go to the lower number."""
+        likeness = self.vectors.astype(np.float64) @ vector.astype(np.float64)
+        return np.argsort(-likeness, kind="stable")[: self.copies].tolist()
+
+    def placement(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> Callable[[Record], list[int]]:
+        """The shards of a record."""
+        return lambda record: self.nearest(
+            encode(model, tokenizer, [asked_by(record)], max_length)[0]
+        )

@@ -148,7 +148,10 @@ class Ledger:
             )
             connection.execute(
                 tombstones.insert(),
-                [{"pseudonym": t.pseudonym, "request": request_id} for t in targets],
+                [
+                    {"pseudonym": pseudonym, "request": request_id}
+                    for pseudonym in dict.fromkeys(target.pseudonym for target in targets)
+                ],
             )
             self._append(connection, "request", {"request": request_id, "details": digest(text)})
         self._remember_head()

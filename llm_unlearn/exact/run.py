@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,11 +86,15 @@ class S3TRun:
         tokenizer: "PreTrainedTokenizerBase",
         model_arguments: "ModelConfig | None" = None,
         source: dict[str, Any] | None = None,
+        public_texts: Sequence[str] = (),
     ) -> "S3TRun":
         """Partition records into a new run, or go on with the one at `path` if it fits.
 
         An existing run keeps its own records, without what was deleted from it: the records given
         here are not looked at again.
+
+        Args:
+            public_texts: what the keys of `--exact_method lego` are made of; nobody's records.
 
         Raises:
             UserError: impossible flags, or a run of another configuration or base model.
@@ -109,7 +113,17 @@ class S3TRun:
             if key is not None and key.salt_id != directory.key.salt_id:
                 raise UserError(f"{path} was made with another key than {arguments.key_path}")
             return cls(directory)
-        return cls(RunDirectory.create(path, records, config, shape, key, source))
+        if arguments.exact_method != "lego":
+            return cls(RunDirectory.create(path, records, config, shape, key, source))
+        from llm_unlearn.exact.keys import Keys
+
+        keys = Keys.make(model, tokenizer, public_texts, config)
+        config = replace(config, keys=keys.digest)
+        places = keys.placement(model, tokenizer, config.max_length)
+        directory = RunDirectory.create(
+            path, records, config, shape, key, source, places, keys.to_bytes()
+        )
+        return cls(directory)
 
     @property
     def path(self) -> Path:
@@ -180,8 +194,8 @@ class S3TRun:
             is_served=directory.served.exists(),
             requests=len(requests),
             pending_requests=sum(request.finished_at is None for request in requests),
-            deleted_subjects=sum(
-                t.kind == "subject" for request in requests for t in request.targets
+            deleted_subjects=len(
+                {t.pseudonym for r in requests for t in r.targets if t.kind == "subject"}
             ),
             storage_bytes=sum(p.stat().st_size for p in directory.path.rglob("*") if p.is_file()),
             warnings=self.warnings(),

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-Aggregate = Literal["average", "select", "mixture", "vote", "merge"]
+Aggregate = Literal["average", "select", "mixture", "vote", "merge", "nearest"]
 AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 
 BASE_MODEL = -1
@@ -54,7 +54,7 @@ class Rule:
 
     @property
     def routes_prompts(self) -> bool:
-        return self.aggregate in ("select", "mixture")
+        return self.aggregate in ("select", "mixture", "nearest")
 
 
 class Score(NamedTuple):

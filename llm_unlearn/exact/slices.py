@@ -11,6 +11,7 @@ of its own, only shards with records have files at all.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +56,20 @@ class SliceStore:
 
     Args:
         num_shards: 0 for one for each subject, numbered by its keyed hash.
+        is_keyed: whether the key places subjects; if not, they can be anywhere.
     """
 
-    def __init__(self, directory: Path, key: PartitionKey, num_shards: int, num_slices: int):
+    def __init__(
+        self,
+        directory: Path,
+        key: PartitionKey,
+        num_shards: int,
+        num_slices: int,
+        is_keyed: bool = True,
+    ):
         self.directory = directory
         self.key = key
+        self.is_keyed = is_keyed
         self._shape = (num_shards, num_slices)
 
     @property
@@ -83,14 +93,35 @@ class SliceStore:
     def place(self, subject: str) -> SliceName:
         return self.key.place(self.key.pseudonym("subject", subject), *self._shape)
 
-    def write_all(self, records: Iterable[Record]) -> None:
-        """Place every record by its subject and write all slices, the empty ones too."""
+    def homes(self, subjects: Iterable[str]) -> dict[SliceName, set[str]]:
+        """Where each subject would be, or is: one slice, or with public keys all that hold some of it."""
+        found: dict[SliceName, set[str]] = {}
+        if self.is_keyed:
+            for subject in subjects:
+                found.setdefault(self.place(subject), set()).add(subject)
+            return found
+        quoted = {canonical(subject): subject for subject in subjects}
+        for name in self.names:
+            here = {_quoted_subject(line) for line in self.lines(name)} & quoted.keys()
+            if here:
+                found[name] = {quoted[line] for line in here}
+        return found
+
+    def write_all(
+        self, records: Iterable[Record], places: Callable[[Record], list[int]] | None = None
+    ) -> None:
+        """Place every record by its subject and write all slices, the empty ones too.
+
+        Args:
+            places: the shards that a record goes to, where its subject does not decide.
+        """
         entries: dict[SliceName, list[Entry]] = {name: [] for name in self.names}
-        placed: dict[str, SliceName] = {}
+        place = lru_cache(maxsize=2**20)(self.place)
         for record in records:
-            if record.subject not in placed:
-                placed[record.subject] = self.place(record.subject)
-            entries.setdefault(placed[record.subject], []).append(self._entry(record))
+            homes = [SliceName(d, 0) for d in places(record)] if places else [place(record.subject)]
+            entry = self._entry(record)
+            for home in homes:
+                entries.setdefault(home, []).append(entry)
         for name in sorted(entries):
             self._write(name, entries.pop(name))
 
@@ -273,12 +304,13 @@ class SliceStore:
         joined = np.concatenate([np.zeros(0, DIGEST_TYPE), *digests])
         values, counts = np.unique(joined, return_counts=True)
         repeated = values[counts > 1]
-        holders: dict[bytes, list[str]] = {}
+        holders: dict[bytes, set[tuple[str, str]]] = {}
         for name, held in zip(self.names, digests, strict=True):
             positions = set(np.flatnonzero(np.isin(held, repeated)).tolist())
             for position, line in enumerate(self.lines(name) if positions else ()):
                 if position in positions:
                     record = Record.from_line(line)
-                    holders.setdefault(self.key.text_digest(record), []).append(record.subject)
-        shared = [subjects for subjects in holders.values() if len(set(subjects)) > 1]
+                    held_by = holders.setdefault(self.key.text_digest(record), set())
+                    held_by.add((record.subject, record.id))
+        shared = [held for held in holders.values() if len({subject for subject, _ in held}) > 1]
         return len(shared), sum(map(len, shared))

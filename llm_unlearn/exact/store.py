@@ -2,6 +2,7 @@
 
     RUN/run.json            configuration and base model, written once and last
     RUN/secret.key          the partition key, mode 0600
+    RUN/keys.safetensors    the public keys of LegoNet, where they place the records
     RUN/ledger.sqlite       requests, tombstones, events; ledger.head remembers the chain's end
     RUN/records/            the records, slice by slice
     RUN/nodes/<key>/        adapter_model.safetensors and manifest.json of one trained block, and
@@ -35,8 +36,9 @@ from llm_unlearn.exact.trie import Node, wanted_paths
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 WORDS_NAME = "words.safetensors"
+KEYS_NAME = "keys.safetensors"
 OWN_ENTRIES = (
-    "run.json", "secret.key", "ledger.sqlite", "ledger.sqlite-journal", "ledger.head", "records", "nodes",
+    "run.json", "secret.key", KEYS_NAME, "ledger.sqlite", "ledger.sqlite-journal", "ledger.head", "records", "nodes",
     "served", "generations", "cache", "trainer", "certificates", "state.lock", "train.lock",
 )  # fmt: skip
 
@@ -134,7 +136,11 @@ class RunDirectory:
         self.shape = ModelShape.from_dict(description["model"])
         self.key = key
         self.slices = SliceStore(
-            path / "records", key, self.config.num_shards, self.config.num_slices
+            path / "records",
+            key,
+            self.config.num_shards,
+            self.config.num_slices,
+            is_keyed=self.config.keys is None,
         )
         self.nodes = NodeStore(path / "nodes")
 
@@ -174,12 +180,15 @@ class RunDirectory:
         shape: ModelShape,
         key: PartitionKey | None = None,
         source: dict[str, Any] | None = None,
+        places: Callable[[Record], list[int]] | None = None,
+        keys: bytes | None = None,
     ) -> "RunDirectory":
         """Partition the records and write a new run. run.json comes last: a crash leaves no run.
 
         Args:
             key: the partition key; a fresh random one by default.
             source: where the records came from, for the record only.
+            places: the shards of a record, where public keys decide; `keys` is their file.
 
         Raises:
             UserError: the directory already holds a run or files that are not ours.
@@ -196,7 +205,8 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
         with files.locked(path / "state.lock", "creating it"):
-            return cls._create(path, records, config, shape, key or PartitionKey.random(), source)
+            key = key or PartitionKey.random()
+            return cls._create(path, records, config, shape, key, source, places, keys)
 
     @classmethod
     def _create(
@@ -207,6 +217,8 @@ class RunDirectory:
         shape: ModelShape,
         key: PartitionKey,
         source: dict[str, Any] | None,
+        places: Callable[[Record], list[int]] | None,
+        keys: bytes | None,
     ) -> "RunDirectory":
         if (path / "run.json").exists():
             raise UserError(f"{path} already holds a run")
@@ -222,7 +234,9 @@ class RunDirectory:
             "source": source or {},
         }
         run = cls(path, json.loads(canonical(description)), key)
-        run.slices.write_all(records)
+        if keys is not None:
+            files.write_bytes(path / KEYS_NAME, keys)
+        run.slices.write_all(records, places)
         run.ledger.create()
         run.ledger.append(
             "created", {"config": run.config.identity(run.shape), "salt_id": key.salt_id}
@@ -247,7 +261,7 @@ class RunDirectory:
             raise UserError(
                 f"{self.path} was made with another tokenizer: choose another --output_dir"
             )
-        ignored = {"runtime": None, "num_threads": None}
+        ignored = {"runtime": None, "num_threads": None, "keys": None}
         theirs: dict[str, Any] = config.to_dict() | ignored
         ours: dict[str, Any] = self.config.to_dict() | ignored
         for group in ("training", "lora", "model"):

@@ -7,6 +7,7 @@ and the hardware that the nodes were trained on.
 import json
 import random
 import stat
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -32,7 +33,7 @@ from llm_unlearn.exact.adapters import (
 )
 from llm_unlearn.exact.deletion import certificate_path
 from llm_unlearn.exact.served import read_lineage, shards_served, words_path
-from llm_unlearn.exact.store import MANIFEST_NAME, RunDirectory
+from llm_unlearn.exact.store import KEYS_NAME, MANIFEST_NAME, RunDirectory
 from llm_unlearn.exact.trie import Node, live, node_key
 
 
@@ -64,6 +65,7 @@ def check_records(run: RunDirectory) -> Check:
     """Every record lies where the key puts it, under the root its slice claims, and none is deleted."""
     check = Check("records")
     is_deleted = run.slices.matcher(run.ledger.tombstones())
+    copies: Counter[str] = Counter()
     for name in run.slices.names:
         header = run.slices.header(name)
         lines = list(run.slices.lines(name))
@@ -77,12 +79,16 @@ def check_records(run: RunDirectory) -> Check:
             check.problems.append(f"{where}: they are not the ones their header names")
         elif not run.slices.has_texts_of(name, records):
             check.problems.append(f"{where}: the digests of their texts are not theirs")
-        if any(
-            run.slices.place(subject) != name for subject in {record.subject for record in records}
-        ):
+        copies.update(record.id for record in records)
+        subjects = {record.subject for record in records}
+        if run.slices.is_keyed and any(run.slices.place(subject) != name for subject in subjects):
             check.problems.append(f"{where}: a subject is in the wrong slice")
         if any(is_deleted(record) for record in records):
             check.problems.append(f"{where}: a deleted subject is still there")
+    if wrong := sum(count != run.config.copies for count in copies.values()):
+        check.problems.append(f"{wrong} records are not held {run.config.copies} times")
+    if run.config.keys and file_digest(run.path / KEYS_NAME) != run.config.keys:
+        check.problems.append(f"{KEYS_NAME} does not hold the keys that the run was made with")
     return check
 
 
