@@ -12,7 +12,17 @@ from typing import Any, Literal
 from llm_unlearn.errors import UserError
 
 Kind = Literal["run", "retrained", "base"]
-ALWAYS_ON, GATED = "average", "select"
+ALWAYS_ON, GATED, EAGER = "average", "select", "select, no margin"
+
+# How a run can be served: an aggregation, and what of the rule is not as the run's flags say. One
+# adapter has no second best to lead: without a margin it answers whatever it finds likelier than
+# the base does, which is the kindest gate for it.
+SERVED: dict[str, dict[str, Any]] = {
+    ALWAYS_ON: {"aggregate": "average"},
+    GATED: {"aggregate": "select"},
+    EAGER: {"aggregate": "select", "margin": 0.0},
+    "mixture": {"aggregate": "mixture"},
+}
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,7 @@ class Configuration:
     """One row of the study.
 
     Attributes:
-        aggregates: how the same trained run is served; each is measured.
+        served: how the same trained run is served (names of `SERVED`); each is measured.
         flags: of `S3TConfig` and `ModelConfig`, where they differ from `TRAINING`.
         kind: `run` deletes from one trained run, `retrained` trains again without the deleted,
             `base` is the base model.
@@ -29,7 +39,7 @@ class Configuration:
     """
 
     name: str
-    aggregates: tuple[str, ...]
+    served: tuple[str, ...]
     flags: Mapping[str, Any] = field(default_factory=dict)
     kind: Kind = "run"
     subjects_per_shard: Mapping[str, int] | None = None
@@ -37,8 +47,7 @@ class Configuration:
 
     @property
     def slug(self) -> str:
-        """Name of its directories."""
-        return "-".join(self.name.lower().replace("=", "").split())
+        return slug(self.name)
 
     @property
     def is_exact_method(self) -> bool:
@@ -46,10 +55,17 @@ class Configuration:
         return self.kind == "run" and self.name != PLAIN.name
 
 
+def slug(name: str) -> str:
+    """A name as a directory."""
+    return "-".join(name.lower().replace("=", "").replace(",", "").split())
+
+
 ONE_LORA = {"exact_method": "experts", "num_shards": 1, "lora_r": 32}
 BASE = Configuration("base model", (ALWAYS_ON,), kind="base")
-PLAIN = Configuration("plain LoRA", (ALWAYS_ON, GATED), ONE_LORA)
-RETRAINED = Configuration("retrained plain LoRA", (ALWAYS_ON, GATED), ONE_LORA, kind="retrained")
+PLAIN = Configuration("plain LoRA", (ALWAYS_ON, GATED, EAGER), ONE_LORA)
+RETRAINED = Configuration(
+    "retrained plain LoRA", (ALWAYS_ON, GATED, EAGER), ONE_LORA, kind="retrained"
+)
 
 CONFIGURATIONS: tuple[Configuration, ...] = (
     BASE,

@@ -175,7 +175,7 @@ def _suite(world: World, sections: Mapping[str, Section], deleted: set[str]) -> 
 
 def _kept(name: str, rows: Sequence[Row], columns: Columns) -> dict[str, list[Any]]:
     kept: dict[str, list[Any]] = {
-        column: columns[column].tolist()
+        column: [None if value != value else value for value in columns[column].tolist()]
         for column in KEPT[name.split("/")[0]]
         if column in columns
     }

@@ -2,7 +2,7 @@
 
     OUT/study.json                                       what is studied; another study is refused
     OUT/runs/<configuration>/seed-<s>/                   trained runs, as recipes/s3t.py makes them
-    OUT/measurements/<configuration>/<aggregate>/seed-<s>/<deletions>.json   numbers by row
+    OUT/measurements/<configuration>/<served>/seed-<s>/<deletions>.json   numbers by row
     ... <deletions>.safetensors                          distributions at the ends of orphans' prompts
 
 Whatever is there is not done again, so the same command goes on after an interruption, and started
@@ -34,7 +34,7 @@ from llm_unlearn.exact.ensemble import BASE, ShardEnsemble
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.selection import Rule
 from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.study.configurations import Configuration, flags_of
+from llm_unlearn.study.configurations import SERVED, Configuration, flags_of, slug
 from llm_unlearn.study.costs import Costs, costs_of
 from llm_unlearn.study.measuring import Measured, System, measure, seconds_a_prompt, timed_prompts
 from llm_unlearn.study.worlds import World
@@ -68,6 +68,18 @@ class Study:
             "overrides": dict(self.overrides),
         }
 
+    def check(self) -> None:
+        """Refuse what cannot be studied.
+
+        Raises:
+            UserError: more deletions than subjects, or no seed.
+        """
+        most = len(self.world.subjects) - 1
+        if not self.deletions or not 0 <= min(self.deletions) <= max(self.deletions) <= most:
+            raise UserError(f"--deletions: numbers from 0 to {most} (somebody has to stay)")
+        if self.seeds < 1:
+            raise UserError(f"--seeds must be at least 1, got {self.seeds}")
+
     def claim(self) -> None:
         """Make the output directory this study's.
 
@@ -87,8 +99,8 @@ class Study:
         subjects = self.world.subjects
         return random.Random(f"study {seed}").sample(subjects, len(subjects))
 
-    def measurement(self, one: Configuration, aggregate: str, seed: int, count: int) -> Path:
-        place = self.output / "measurements" / one.slug / aggregate / f"seed-{seed}"
+    def measurement(self, one: Configuration, served: str, seed: int, count: int) -> Path:
+        place = self.output / "measurements" / one.slug / slug(served) / f"seed-{seed}"
         return place / f"{count}.json"
 
     def counts(self, one: Configuration) -> list[int]:
@@ -105,7 +117,7 @@ def run_study(study: Study, progress: StudyProgress) -> list[str]:
     study.claim()
     torch.set_num_threads(1)
     jobs = [(one, seed) for seed in range(study.seeds) for one in study.configurations]
-    progress.plan(sum(len(one.aggregates) * len(study.counts(one)) for one, _ in jobs))
+    progress.plan(sum(len(one.served) * len(study.counts(one)) for one, _ in jobs))
     busy = []
     for one, seed in jobs:
         lock = study.output / "runs" / one.slug / f"seed-{seed}.lock"
@@ -132,48 +144,45 @@ class Job:
     def finish(self) -> None:
         """Measure what is missing at every number of deletions."""
         for count in self.study.counts(self.configuration):
-            missing = [a for a in self.configuration.aggregates if not self._is_measured(a, count)]
+            missing = [s for s in self.configuration.served if not self._is_measured(s, count)]
             if missing:
                 self._measure_at(count, missing)
-            self.progress.measured(len(self.configuration.aggregates))
+            self.progress.measured(len(self.configuration.served))
 
     @property
     def path(self) -> Path:
         return self.study.output / "runs" / self.configuration.slug / f"seed-{self.seed}"
 
-    def rule(self, aggregate: str) -> Rule:
-        arguments, _ = self._arguments()
-        rule = Rule(margin=arguments.select_margin, floor=arguments.select_floor)
-        return replace(rule, aggregate=aggregate)  # pyright: ignore[reportArgumentType]
+    def rule(self, served: str) -> Rule:
+        arguments, model_arguments = self._arguments()
+        return replace(make_config(arguments, model_arguments).rule, **SERVED[served])
 
-    def _is_measured(self, aggregate: str, count: int) -> bool:
+    def _is_measured(self, served: str, count: int) -> bool:
         """Whether the numbers are there, of answers given by today's rule."""
-        path = self.study.measurement(self.configuration, aggregate, self.seed, count)
-        return path.exists() and json.loads(path.read_bytes())["rule"] == asdict(
-            self.rule(aggregate)
-        )
+        path = self.study.measurement(self.configuration, served, self.seed, count)
+        return path.exists() and json.loads(path.read_bytes())["rule"] == asdict(self.rule(served))
 
-    def _measure_at(self, count: int, aggregates: Sequence[str]) -> None:
+    def _measure_at(self, count: int, missing: Sequence[str]) -> None:
         deleted = self.study.order(self.seed)[:count]
         name = f"{self.configuration.name}, seed {self.seed}, {count} deletions"
         if self.configuration.kind == "base":
             model, tokenizer = self._base()
-            self._write(aggregates[0], count, deleted, System(model, tokenizer), None, {})
+            self._write(missing[0], count, deleted, System(model, tokenizer), None, {})
             return
         with self._served_run(deleted) as (run, costs):
-            for aggregate in aggregates:
-                self.progress.say(f"{name}: {aggregate}")
+            for served in missing:
+                self.progress.say(f"{name}: {served}")
                 model, tokenizer = self._base()
-                served = run.directory.served
-                ensemble = ShardEnsemble.from_run(model, served, self.rule(aggregate))
+                rule = self.rule(served)
+                ensemble = ShardEnsemble.from_run(model, run.directory.served, rule)
                 homes = {s: run.directory.slices.place(s).shard for s in self.study.world.subjects}
                 system = System(ensemble, tokenizer, homes)
                 times = self._times(run, system) if count == 0 else {}
-                self._write(aggregate, count, deleted, system, costs, times, run)
+                self._write(served, count, deleted, system, costs, times, run)
 
     def _write(
         self,
-        aggregate: str,
+        served: str,
         count: int,
         deleted: list[str],
         system: System,
@@ -182,16 +191,16 @@ class Job:
         run: S3TRun | None = None,
     ) -> None:
         found = measure(system, self.study.world, deleted)
-        path = self.study.measurement(self.configuration, aggregate, self.seed, count)
+        path = self.study.measurement(self.configuration, served, self.seed, count)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "configuration": self.configuration.name,
-            "aggregate": aggregate,
+            "served": served,
             "seed": self.seed,
             "deletions": count,
             "deleted": deleted,
             "bystanders": _bystanders(run, self.study.world.subjects, deleted) if run else [],
-            "rule": asdict(self.rule(aggregate)),
+            "rule": asdict(self.rule(served)),
             "costs": (asdict(costs) if costs else {}) | times,
             "sections": found.sections,
         }
@@ -242,7 +251,6 @@ class Job:
         flags, lora = flags_of(
             self.configuration, world.name, len(world.subjects), self.study.overrides
         )
-        # Flags that shape the experts themselves: nothing else is said of who answers.
         arguments = S3TConfig(output_dir=str(self.path), report_to=[], **flags)
         return arguments, ModelConfig(model_name_or_path=self.study.model, **lora)
 

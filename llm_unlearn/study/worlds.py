@@ -14,6 +14,7 @@ from typing import Any
 from llm_unlearn.data import world as toy
 from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.data.sources import read_rows
+from llm_unlearn.demonstration import MODEL_PATH
 from llm_unlearn.errors import UserError
 from llm_unlearn.evaluation.suites import demonstration
 from llm_unlearn.evaluation.suites.suite import Row
@@ -175,3 +176,22 @@ def spread(rows: Sequence[Any], count: int) -> list[Any]:
     """`count` of the rows, evenly spaced; all where there are not so many."""
     step = max(1.0, len(rows) / count)
     return [rows[int(number * step)] for number in range(min(count, len(rows)))]
+
+
+def load_world(name: str, subjects: int, tofu: Path) -> World:
+    """The world of that name with so many private subjects."""
+    return tofu_world(tofu, subjects) if name == "tofu" else demonstration_world(subjects)
+
+
+def model_for(world: str, model: str | None) -> str:
+    """The base model of a study.
+
+    Raises:
+        UserError: TOFU has none of its own.
+    """
+    if model is None and world == "tofu":
+        raise UserError(
+            "--world tofu needs a base model: make a small one with `python benchmarks/tofu_base.py "
+            "--tofu FOLDER/full.json --skip_authors 50 --output_dir tofu-base` and say --model tofu-base"
+        )
+    return model or str(MODEL_PATH)
