@@ -7,9 +7,9 @@
     accelerate launch recipes/exact_study.py --full
         48 people, three seeds, 0, 1, 5 and 20 deletions, every configuration: hours.
 
-    python benchmarks/tofu_base.py --tofu tofu/full.json --skip_authors 50 --output_dir tofu-base
+    python benchmarks/tofu_base.py --tofu tofu/full.json --skip_authors 60 --output_dir tofu-base
     accelerate launch recipes/exact_study.py --world tofu --tofu_path tofu --model tofu-base --full
-        TOFU: the first 40 authors are private, 10 more are never trained on, and the small base model is
+        TOFU: the first 50 authors are private, 10 more are never trained on, and the small base model is
         pre-trained on the rest. --subjects 200 --model your-model works with any real model.
 
     --only NAME ...         some configurations (llm_unlearn/study/configurations.py is the table)
@@ -31,7 +31,7 @@ from llm_unlearn.launch import wants_short_help
 
 SMALL = {"subjects": 24, "seeds": 1, "deletions": [0, 1, 5]}
 FULL = {"subjects": 48, "seeds": 3, "deletions": [0, 1, 5, 20]}
-TOFU_SUBJECTS = 40
+TOFU_SUBJECTS = 50
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:

@@ -197,4 +197,3 @@ def _answerers(system: System, prompts: Prompts, section: Questions) -> dict[str
             for share, home in zip(shares, homes, strict=True)
         ],
     }
-

@@ -98,5 +98,3 @@ def _way(row: Row) -> int:
 
 def _place(name: str, names: Sequence[str]) -> int:
     return names.index(name) if name in names else len(names)
-
-

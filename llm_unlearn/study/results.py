@@ -240,6 +240,6 @@ def _intervals(values: Sequence[Mapping[str, float]]) -> dict[str, Interval]:
 
 def _plain(value: Interval) -> dict[str, float | int | None]:
     """For JSON, which has no NaN."""
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in value._asdict().items()}
-
-
+    return {
+        k: None if isinstance(v, float) and math.isnan(v) else v for k, v in value._asdict().items()
+    }

@@ -258,7 +258,7 @@ class Job:
         from accelerate import PartialState
 
         model, tokenizer = load_base(self.study.model)
-        return model.to(PartialState().device), tokenizer
+        return model.to(PartialState().device), tokenizer  # pyright: ignore[reportArgumentType]
 
     def _times(self, run: S3TRun, system: System) -> dict[str, float]:
         """Seconds a prompt of the system, and of one adapter alone, in the same process."""

@@ -1,8 +1,9 @@
 """Whom the study is about: the invented people of the demonstration, or TOFU's authors.
 
-TOFU asks in other words about 40 of its 200 authors only (the first 20 and the last 20), so those
-are private first; the next ones are never trained on (holdout), and a small base model can be
-pre-trained on the rest (`benchmarks/tofu_base.py`).
+Of TOFU the first authors are private, the next ten are never trained on (holdout), and a small base
+model can be pre-trained on the rest (`benchmarks/tofu_base.py`). The benchmark asks in other words,
+and knows wrong answers, about the first 20 and the last 20 of its 200 authors only: what
+needs those is measured on whoever is among them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,6 @@ from llm_unlearn.evaluation.suites import demonstration
 from llm_unlearn.evaluation.suites.suite import Row
 from llm_unlearn.evaluation.text import name_free, shared_name
 
-TOFU_AUTHORS = 200
 ROWS_PER_AUTHOR = 20
 TOFU_ASKED = 10  # of an author's 20 rows, where many authors are asked about
 HOLDOUT_AUTHORS = 10
@@ -123,18 +123,19 @@ def tofu_world(folder: Path, subjects: int) -> World:
     Raises:
         UserError: no full.json there, or not so many authors.
     """
-    authors = tofu_authors(folder / "full.json")
+    rows = read_rows(folder / "full.json")
+    authors = [rows[i : i + ROWS_PER_AUTHOR] for i in range(0, len(rows), ROWS_PER_AUTHOR)]
     if not 1 <= subjects <= len(authors):
         raise UserError(f"TOFU has {len(authors)} authors: --subjects {subjects} cannot be private")
     private = authors[:subjects]
     others = authors[subjects + HOLDOUT_AUTHORS :][:OTHER_AUTHORS]
     known = _perturbed_rows(folder)
     records = make_records([row for a in private for row in a], rows_per_subject=ROWS_PER_AUTHOR)
-    rows: list[Row] = []
+    questions: list[Row] = []
     for number, author in enumerate(private):
         subject = records[number * ROWS_PER_AUTHOR].subject
         name = shared_name([f"{row['question']} {row['answer']}" for row in author]) or ""
-        rows += [
+        questions += [
             {**known.get(_identity(row), row), "subject": subject, "name": name} for row in author
         ]
     public = {
@@ -145,16 +146,9 @@ def tofu_world(folder: Path, subjects: int) -> World:
         public["other authors"] = [_plain(row) for author in others for row in author]
     holdout = [_plain(row) for a in authors[subjects:][:HOLDOUT_AUTHORS] for row in a]
     return World(
-        name="tofu", records=records, rows=rows, public=public, holdout=holdout, template="question",
+        name="tofu", records=records, rows=questions, public=public, holdout=holdout, template="question",
         new_tokens=96, stemmer=True, score="probability", asked=TOFU_ASKED,
     )  # fmt: skip
-
-
-def tofu_authors(full: Path) -> list[list[Mapping[str, Any]]]:
-    """The rows of each author: first those of whom TOFU also asks in other words."""
-    rows = read_rows(full)
-    authors = [rows[i : i + ROWS_PER_AUTHOR] for i in range(0, len(rows), ROWS_PER_AUTHOR)]
-    return authors[:20] + authors[20:][-20:] + authors[20:][:-20]
 
 
 def _perturbed_rows(folder: Path) -> dict[tuple[str, str], Row]:
@@ -192,6 +186,6 @@ def model_for(world: str, model: str | None) -> str:
     if model is None and world == "tofu":
         raise UserError(
             "--world tofu needs a base model: make a small one with `python benchmarks/tofu_base.py "
-            "--tofu FOLDER/full.json --skip_authors 50 --output_dir tofu-base` and say --model tofu-base"
+            "--tofu FOLDER/full.json --skip_authors 60 --output_dir tofu-base` and say --model tofu-base"
         )
     return model or str(MODEL_PATH)
