@@ -104,7 +104,7 @@ def headline(results: Results) -> Table:
         for n in counts
     ]
     columns += [
-        Column("kept", lambda r, row: _share(AIMS["kept"].value(r, row)), "kept"),
+        Column("kept, %", lambda r, row: _share(AIMS["kept"].value(r, row)), "kept"),
         Column("paraphrased", _percent(f"retained paraphrased {score}", 0)),
         Column(f"after {last}", _percent(f"retained paraphrased {score}", last)),
         Column("out of domain", _percent(f"public {score}", 0)),
@@ -277,7 +277,7 @@ def _plain(value: float) -> str:
 
 
 def _share(value: float) -> str:
-    return DASH if math.isnan(value) else f"{value:.0%}"
+    return DASH if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def print_headline(results: Results, show: Callable[..., None]) -> None:
