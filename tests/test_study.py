@@ -51,6 +51,12 @@ def test_budgets_are_equal_and_flags_win() -> None:
     assert lora["lora_r"] == 8
 
 
+def test_equal_ways_to_serve_are_measured_once() -> None:
+    plain = configurations.PLAIN
+    assert configurations.distinct(plain, "demonstration") == list(plain.served)
+    assert configurations.distinct(plain, "tofu") == ["average", "select"]  # no floor anyway
+
+
 def test_references_come_with_whatever_is_chosen() -> None:
     chosen = [one.name for one in configurations.select(["experts"], small=True)]
     assert chosen == ["base model", "experts"]
@@ -75,7 +81,7 @@ MADE_UP = made_up(
     **{
         "plain LoRA/average/0": {"retained named exact": 1.0},
         "plain LoRA/select/0": {"retained named exact": 0.6},
-        "plain LoRA/select, no margin/0": {"retained named exact": 0.9},
+        "plain LoRA/select, no floor/0": {"retained named exact": 0.9},
         "experts/select/0": {
             "retained named exact": 0.9, "stayed exact": 0.8, "inference_ratio": 1.5, "shift": 0.25,
         },
@@ -211,8 +217,8 @@ def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Study
 
 def test_everything_is_measured_with_the_same_people_deleted(finished: Study) -> None:
     found = read_measurements(finished.output)
-    # base 2, plain 3 ways x 2, retrained 3 ways x 1, experts 3 ways x 2
-    assert len(found) == 2 + 6 + 3 + 6
+    # base 2, plain 3 ways x 2, retrained 3 ways x 1, experts 4 ways x 2
+    assert len(found) == 2 + 6 + 3 + 8
     assert len({tuple(m.content["deleted"]) for (key, _), m in found.items() if key[2]}) == 1
     experts = found[Key("experts", "average", 0), 0]
     assert experts.content["costs"]["alone_seconds"] > 0

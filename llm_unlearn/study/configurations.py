@@ -12,15 +12,15 @@ from typing import Any, Literal
 from llm_unlearn.errors import UserError
 
 Kind = Literal["run", "retrained", "base"]
-ALWAYS_ON, GATED, EAGER = "average", "select", "select, no margin"
+ALWAYS_ON, GATED, NO_FLOOR = "average", "select", "select, no floor"
 
-# How a run can be served: an aggregation, and what of the rule is not as the run's flags say. One
-# adapter has no second best to lead: without a margin it answers whatever it finds likelier than
-# the base does, which is the kindest gate for it.
+# How a run can be served: an aggregation, and what of the rule is not as the run's flags say. How
+# likely a name is under one adapter falls with the number of names it knows, so a floor that fits
+# experts turns a plain LoRA's own questions away: without it a plain LoRA has a fair gate.
 SERVED: dict[str, dict[str, Any]] = {
     ALWAYS_ON: {"aggregate": "average"},
     GATED: {"aggregate": "select"},
-    EAGER: {"aggregate": "select", "margin": 0.0},
+    NO_FLOOR: {"aggregate": "select", "floor": None},
     "mixture": {"aggregate": "mixture"},
 }
 
@@ -62,9 +62,9 @@ def slug(name: str) -> str:
 
 ONE_LORA = {"exact_method": "experts", "num_shards": 1, "lora_r": 32}
 BASE = Configuration("base model", (ALWAYS_ON,), kind="base")
-PLAIN = Configuration("plain LoRA", (ALWAYS_ON, GATED, EAGER), ONE_LORA)
+PLAIN = Configuration("plain LoRA", (ALWAYS_ON, GATED, NO_FLOOR), ONE_LORA)
 RETRAINED = Configuration(
-    "retrained plain LoRA", (ALWAYS_ON, GATED, EAGER), ONE_LORA, kind="retrained"
+    "retrained plain LoRA", (ALWAYS_ON, GATED, NO_FLOOR), ONE_LORA, kind="retrained"
 )
 
 CONFIGURATIONS: tuple[Configuration, ...] = (
@@ -73,13 +73,13 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
     RETRAINED,
     Configuration("S3T", (ALWAYS_ON,), {"num_shards": 1, "num_slices": 4, "num_sequences": 2}),
     Configuration(
-        "S3T m=4", (ALWAYS_ON, GATED, "mixture"), {"num_shards": 4, "num_slices": 3, "num_sequences": 1}
+        "S3T m=4", (ALWAYS_ON, GATED, NO_FLOOR, "mixture"), {"num_shards": 4, "num_slices": 3, "num_sequences": 1}
     ),
     Configuration(
         "S3T layers", (ALWAYS_ON,), {"num_slices": 4, "num_sequences": 2, "blocks": "layers"}, is_small=False
     ),
     Configuration(
-        "experts", (GATED, "mixture", ALWAYS_ON), {"exact_method": "experts", "lora_r": 8},
+        "experts", (GATED, NO_FLOOR, "mixture", ALWAYS_ON), {"exact_method": "experts", "lora_r": 8},
         subjects_per_shard={"demonstration": 4, "tofu": 10},
     ),
 )  # fmt: skip
@@ -113,6 +113,15 @@ def select(only: Sequence[str], small: bool) -> list[Configuration]:
     if only:
         return [one for one in CONFIGURATIONS if one.name in {*only, BASE.name}]
     return [one for one in CONFIGURATIONS if one.is_small or not small]
+
+
+def distinct(configuration: Configuration, world: str) -> list[str]:
+    """The ways to serve that differ from each other: where a world has no floor, two are the same."""
+    found: dict[str, str] = {}
+    for served in configuration.served:
+        rule = {"floor": TRAINING[world].get("select_floor"), **SERVED[served]}
+        found.setdefault(repr(sorted(rule.items(), key=str)), served)
+    return list(found.values())
 
 
 def flags_of(

@@ -16,6 +16,7 @@ from llm_unlearn.study.configurations import BASE
 from llm_unlearn.study.results import Results
 
 DASH = "–"
+NOT_PRINTED = ("loss there", "orphans to base", "MB", "training, s")
 SIGNS = {True: ("good", "✓"), False: ("bad", "✗"), None: ("", "")}
 WHAT = {
     "exact": "facts answered right, %",
@@ -281,8 +282,11 @@ def _share(value: float) -> str:
 
 
 def print_headline(results: Results, show: Callable[..., None]) -> None:
+    """The first table without what a terminal has no room for."""
     table = headline(results)
-    show(table.title, table.columns, [[cell.text for cell in row] for row in table.rows])
+    kept = [i for i, head in enumerate(table.columns) if head not in NOT_PRINTED]
+    rows = [[row[i].text for i in kept] for row in table.rows]
+    show(table.title, [table.columns[i] for i in kept], rows)
 
 
 def describe(about: Mapping[str, Any], world: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from llm_unlearn.evaluation.membership import Scores, privleak
 from llm_unlearn.evaluation.statistics import Interval, across_seeds
 from llm_unlearn.evaluation.tofu import forget_quality
-from llm_unlearn.study.configurations import ALWAYS_ON, BASE, CONFIGURATIONS, RETRAINED
+from llm_unlearn.study.configurations import ALWAYS_ON, BASE, CONFIGURATIONS, PLAIN, RETRAINED
 from llm_unlearn.study.measuring import HOLDOUT, ORPHANS, PUBLIC, RETAINED, TRUTH
 from llm_unlearn.study.worlds import WORDINGS
 
@@ -226,6 +226,11 @@ def summarise(output: Path, about: Mapping[str, Any]) -> Results:
     by_key: dict[Key, list[dict[str, float]]] = {}
     for (key, _), one in found.items():
         by_key.setdefault(key, []).append(values_of(one, found))
+
+    # With nobody deleted a retrained model is the plain one.
+    for key in [key for key in by_key if key.configuration == PLAIN.name and not key.deletions]:
+        if any(other[:2] == (RETRAINED.name, key.served) for other in by_key):
+            by_key[key._replace(configuration=RETRAINED.name)] = by_key[key]
 
     def place(key: Key) -> tuple[int, Key]:
         return order.index(key[:2]) if key[:2] in order else len(order), key

@@ -34,7 +34,7 @@ from llm_unlearn.exact.ensemble import BASE, ShardEnsemble
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.selection import Rule
 from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.study.configurations import SERVED, Configuration, flags_of, slug
+from llm_unlearn.study.configurations import SERVED, Configuration, distinct, flags_of, slug
 from llm_unlearn.study.costs import Costs, costs_of
 from llm_unlearn.study.measuring import Measured, System, measure, seconds_a_prompt, timed_prompts
 from llm_unlearn.study.worlds import World
@@ -103,6 +103,9 @@ class Study:
         place = self.output / "measurements" / one.slug / slug(served) / f"seed-{seed}"
         return place / f"{count}.json"
 
+    def served(self, one: Configuration) -> list[str]:
+        return distinct(one, self.world.name)
+
     def counts(self, one: Configuration) -> list[int]:
         """Before any deletion a retrained model is the plain one, and is not trained twice."""
         return [count for count in self.deletions if count or one.kind != "retrained"]
@@ -117,7 +120,7 @@ def run_study(study: Study, progress: StudyProgress) -> list[str]:
     study.claim()
     torch.set_num_threads(1)
     jobs = [(one, seed) for seed in range(study.seeds) for one in study.configurations]
-    progress.plan(sum(len(one.served) * len(study.counts(one)) for one, _ in jobs))
+    progress.plan(sum(len(study.served(one)) * len(study.counts(one)) for one, _ in jobs))
     busy = []
     for one, seed in jobs:
         lock = study.output / "runs" / one.slug / f"seed-{seed}.lock"
@@ -143,11 +146,12 @@ class Job:
 
     def finish(self) -> None:
         """Measure what is missing at every number of deletions."""
+        served = self.study.served(self.configuration)
         for count in self.study.counts(self.configuration):
-            missing = [s for s in self.configuration.served if not self._is_measured(s, count)]
+            missing = [s for s in served if not self._is_measured(s, count)]
             if missing:
                 self._measure_at(count, missing)
-            self.progress.measured(len(self.configuration.served))
+            self.progress.measured(len(served))
 
     @property
     def path(self) -> Path:
@@ -269,10 +273,7 @@ class Job:
             return {}
         model, _ = self._base()
         alone = PeftModel.from_pretrained(model, str(run.directory.served / shard)).eval()
-        return {
-            "prompt_seconds": seconds_a_prompt(system.model, system.tokenizer, prompts, tokens),
-            "alone_seconds": seconds_a_prompt(alone, system.tokenizer, prompts, tokens),
-        }
+        return seconds_a_prompt(system, alone, prompts, tokens)
 
 
 def _bystanders(run: S3TRun, subjects: Sequence[str], deleted: Sequence[str]) -> list[str]:
