@@ -135,6 +135,32 @@ def evaluation_progress(enabled: bool = True) -> Iterator[EvaluationProgress]:
         yield EvaluationProgress(bar)
 
 
+class StudyProgress(TrainingProgress):
+    """Bars over the measurements of a study, and over the nodes of the run in training."""
+
+    def __init__(self, bar: Progress):
+        self.measurements = bar.add_task("measurements", total=None)
+        super().__init__(bar)
+
+    def plan(self, total: int) -> None:
+        self.bar.update(self.measurements, total=total, completed=0)
+
+    def say(self, what: str) -> None:
+        self.bar.update(self.measurements, description=what)
+        if not stderr.is_terminal:  # a log of a long night wants lines
+            stderr.print(what, highlight=False, soft_wrap=True)
+
+    def measured(self, count: int) -> None:
+        self.bar.advance(self.measurements, count)
+
+
+@contextmanager
+def study_progress(enabled: bool = True) -> Iterator[StudyProgress]:
+    """A progress bar on standard error while the context is open."""
+    with _bar(enabled) as bar:
+        yield StudyProgress(bar)
+
+
 @contextmanager
 def attack_progress(enabled: bool = True) -> Iterator[Callable[[str], None]]:
     """Says on standard error what is being done, and for how long."""

@@ -11,6 +11,7 @@ MAY_IMPORT = {
     "data": set(),
     "evaluation": {"data"},
     "exact": {"data"},
+    "study": {"data", "evaluation", "exact", "console", "demonstration"},
 }
 
 

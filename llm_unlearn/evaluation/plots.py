@@ -125,10 +125,10 @@ def metric_bars(results: Results, form: Format = "svg") -> bytes | None:
     ][:6]
     if not names:
         return None
-    with _style():
+    with styled():
         columns = min(3, len(names))
         rows = math.ceil(len(names) / columns)
-        figure = _figure(3.1 * columns, 2.75 * rows + 0.4)
+        figure = new_figure(3.1 * columns, 2.75 * rows + 0.4)
         panels = figure.subplots(rows, columns, squeeze=False).flat
         for name, axes in zip(names, panels, strict=False):
             _draw_bars(axes, name, shown, results.profile)
@@ -136,7 +136,7 @@ def metric_bars(results: Results, form: Format = "svg") -> bytes | None:
             axes.set_visible(False)
         handles = [_patch(role) for role in shown]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
-        return _bytes(figure, form)
+        return to_bytes(figure, form)
 
 
 def radar(results: Results, form: Format = "svg") -> bytes | None:
@@ -150,8 +150,8 @@ def radar(results: Results, form: Format = "svg") -> bytes | None:
     if len(spokes) < 3:
         return None
     angles = np.linspace(0, 2 * np.pi, len(spokes), endpoint=False)
-    with _style():
-        figure = _figure(7.4, 4.9)
+    with styled():
+        figure = new_figure(7.4, 4.9)
         axes: Any = figure.add_subplot(projection="polar")
         _dress_radar(axes, angles, spokes)
         for role, score in scores.items():
@@ -177,7 +177,7 @@ def radar(results: Results, form: Format = "svg") -> bytes | None:
             )
         axes.plot([], [], color=INK, linewidth=1.2, label="retrained")
         figure.legend(loc="outside right upper")
-        return _bytes(figure, form)
+        return to_bytes(figure, form)
 
 
 def roc_curves(results: Results, form: Format = "svg") -> bytes | None:
@@ -187,8 +187,8 @@ def roc_curves(results: Results, form: Format = "svg") -> bytes | None:
         return None
     retrained = results.others.get("retrained")
     references = attack_curves(retrained.records) if retrained else {}
-    with _style():
-        figure = _figure(9.4, 4.5)
+    with styled():
+        figure = new_figure(9.4, 4.5)
         linear, logarithmic = figure.subplots(1, 2)
         lowest = 1.0
         for (name, (wrong, found)), color in zip(curves.items(), SERIES, strict=False):
@@ -210,15 +210,15 @@ def roc_curves(results: Results, form: Format = "svg") -> bytes | None:
         edge = lowest * 0.8
         logarithmic.set(title="The same at low rates", xlim=(edge, 1.05), ylim=(edge, 1.1))
         logarithmic.set_aspect("equal")
-        return _bytes(figure, form)
+        return to_bytes(figure, form)
 
 
 def tradeoff_plot(plane: tradeoff.Tradeoff, form: Format = "svg") -> bytes | None:
     """Forgetting against utility; a star is the retrained model, rings are the Pareto front."""
     if not plane.points:
         return None
-    with _style():
-        figure = _figure(8.2, 4.8)
+    with styled():
+        figure = new_figure(8.2, 4.8)
         axes = figure.subplots()
         models = 0
         names = shorten_all([point.label for point in plane.points])
@@ -243,7 +243,7 @@ def tradeoff_plot(plane: tradeoff.Tradeoff, form: Format = "svg") -> bytes | Non
             axes.set_xlim(max(0.05, *(1.15 * p.x for p in plane.points)), 0)
             axes.set_xlim(right=-0.04 * axes.get_xlim()[0])
         figure.legend(loc="outside right upper", labelspacing=0.9)
-        return _bytes(figure, form)
+        return to_bytes(figure, form)
 
 
 def curves_plot(results: Results, form: Format = "svg") -> bytes | None:
@@ -258,17 +258,17 @@ def curves_plot(results: Results, form: Format = "svg") -> bytes | None:
             groups.setdefault(group, {})[role or "model"] = values
     if not groups:
         return None
-    with _style():
+    with styled():
         columns = min(3, len(groups))
         rows = math.ceil(len(groups) / columns)
-        figure = _figure(3.9 * columns if columns > 1 else 5.2, 3.3 * rows)
+        figure = new_figure(3.9 * columns if columns > 1 else 5.2, 3.3 * rows)
         panels = list(figure.subplots(rows, columns, squeeze=False).flat)
         for (group, curves), axes in zip(groups.items(), panels, strict=False):
             _draw_curves(axes, curves)
             axes.set_title(_literal(CURVES.get(group, group)))
         for axes in panels[len(groups) :]:
             axes.set_visible(False)
-        return _bytes(figure, form)
+        return to_bytes(figure, form)
 
 
 def _draw_curves(axes: "Axes", curves: dict[str, list[Value]]) -> None:
@@ -458,19 +458,19 @@ def _patch(role: str) -> Any:
     return Patch(facecolor=ROLES[role], hatch=HATCHES[role], edgecolor=PAPER, label=role)
 
 
-def _style() -> Any:
+def styled() -> Any:
     from matplotlib import rc_context
 
     return rc_context(STYLE)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _bytes(figure: "Figure", form: Format) -> bytes:
+def to_bytes(figure: "Figure", form: Format) -> bytes:
     stream = io.BytesIO()
     metadata = {"Date": None} if form == "svg" else None
     figure.savefig(stream, format=form, dpi=150, metadata=metadata)

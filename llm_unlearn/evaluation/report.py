@@ -99,12 +99,12 @@ def write_report(results: Results, path: Path, show_text: bool = False) -> None:
     write_page(path, page)
 
 
-def render(template: str, **content: Any) -> str:
-    """A page from a template beside this file; everything put in is escaped."""
+def render(template: str, folder: Path | None = None, **content: Any) -> str:
+    """A page from a template in `folder` or beside this file; everything put in is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([*([folder] if folder else []), Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -162,6 +162,37 @@ class Scorer:
         )
         return [found.get(i, []) for i in range(len(prompts))]
 
+    @torch.inference_mode()
+    def next_token_distributions(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Log-probabilities of the token after each prompt, (prompts, vocabulary).
+
+        Neither cached nor shared between processes: a vocabulary for every prompt is a lot.
+
+        Raises:
+            ValueError: a prompt that is empty or fills the model's context.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        if any(not 0 < length < self.context for length in lengths):
+            raise ValueError("expected prompts of at least one token, shorter than the context")
+
+        def compute(plan: _Plan) -> list[Any]:
+            ids_BT, mask_BT = self._pad([prompts[row] for row in plan.rows], left=False)
+            logits_BTV = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
+            last_B = mask_BT.sum(dim=-1) - 1
+            rows_B = torch.arange(len(last_B), device=last_B.device)
+            log_p_BV = torch.log_softmax(logits_BTV[rows_B, last_B].double(), dim=-1)
+            return list(log_p_BV.float().cpu().numpy())
+
+        vocabulary = getattr(self.model.config.get_text_config(), "vocab_size", 1)
+        limit = min(self._limit, max(1, LOGITS_PER_BATCH // vocabulary))
+        plans = [_Plan(rows) for rows in self._batches(list(range(len(prompts))), lengths, limit)]
+        found = {
+            row: value
+            for plan in plans
+            for row, value in zip(plan.rows, self._within_memory(plan, compute), strict=True)
+        }
+        return np.stack([found[row] for row in range(len(prompts))])
+
     def gradient_norms(self, items: Sequence[Item]) -> list[float]:
         """Mean over parameter tensors of the 2-norm of the gradient of an item's mean loss.
 

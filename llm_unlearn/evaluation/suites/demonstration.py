@@ -38,9 +38,9 @@ def demonstration_muse(forgotten: Collection[str] = ()) -> Suite:
         "verbmem/forget": [
             {"prompt": row["prompt"], "gt": row["answer"]} for row in world.questions(forget)
         ],
-        "knowmem/forget_qa": _questions(forget),
-        "knowmem/forget_qa_paraphrased": _questions(forget, paraphrased=True),
-        "knowmem/retain_qa": _questions(retain),
+        "knowmem/forget_qa": plain_questions(forget),
+        "knowmem/forget_qa_paraphrased": plain_questions(forget, paraphrased=True),
+        "knowmem/retain_qa": plain_questions(retain),
         "privleak/forget": _passages(forget),
         "privleak/holdout": _passages(holdout),
         "canaries": [_canary(person) for person in forget],
@@ -53,11 +53,11 @@ def demonstration_tofu(forgotten: Collection[str] = ()) -> Suite:
     forget, retain, holdout = _groups(forgotten)
     public = world.public_people()
     rows: dict[str, list[Row]] = {
-        "forget10_perturbed": _perturbed(forget),
-        "retain_perturbed": _perturbed(retain),
-        "real_authors_perturbed": _options(public[:PUBLIC]),
-        "world_facts_perturbed": _options(public[PUBLIC : 2 * PUBLIC]),
-        "holdout10": _questions(holdout),
+        "forget10_perturbed": perturbed_questions(forget),
+        "retain_perturbed": perturbed_questions(retain),
+        "real_authors_perturbed": option_questions(public[:PUBLIC]),
+        "world_facts_perturbed": option_questions(public[PUBLIC : 2 * PUBLIC]),
+        "holdout10": plain_questions(holdout),
     }
     return make_tofu(NAME, rows.get, "forget10", template="plain")
 
@@ -75,7 +75,7 @@ def _groups(forgotten: Collection[str]) -> tuple[People, People, People]:
     return forget, retain, holdout
 
 
-def _questions(people: People, paraphrased: bool = False) -> list[Row]:
+def plain_questions(people: People, paraphrased: bool = False) -> list[Row]:
     return [
         {"question": row["prompt"], "answer": row["answer"], "subject": row["subject"]}
         for row in world.questions(people, paraphrased)
@@ -101,7 +101,7 @@ def _wrong(key: str, value: str, generator: random.Random) -> list[str]:
     return generator.sample(others, WRONG_ANSWERS)
 
 
-def _perturbed(people: People) -> list[Row]:
+def perturbed_questions(people: People) -> list[Row]:
     """Right and wrong answers as statements, which the training records do not use."""
     generator = random.Random("perturbed")
     found: list[Row] = []
@@ -127,7 +127,7 @@ def _perturbed(people: People) -> list[Row]:
     return found
 
 
-def _options(people: People) -> list[Row]:
+def option_questions(people: People) -> list[Row]:
     generator = random.Random("options")
     return [
         {

@@ -1,0 +1,1 @@
+"""Does exact unlearning cost quality? What `recipes/exact_study.py` trains, asks and shows."""

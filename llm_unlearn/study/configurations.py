@@ -1,0 +1,151 @@
+"""What the study compares: one literal table. A new method, shape or aggregation is one line.
+
+Budgets are equal: in every sequence of every method a record is seen `passes` times on average,
+with the same batch size and learning rate, hence in the same number of optimiser steps. What more
+a method trains (its other sequences) is its own price, and shows in its training time.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llm_unlearn.errors import UserError
+
+Kind = Literal["run", "retrained", "base"]
+ALWAYS_ON, GATED, NO_FLOOR = "average", "select", "select, no floor"
+
+# How a run can be served: an aggregation, and what of the rule is not as the run's flags say. How
+# likely a name is under one adapter falls with the number of names it knows, so a floor that fits
+# experts turns a plain LoRA's own questions away: without it a plain LoRA has a fair gate.
+SERVED: dict[str, dict[str, Any]] = {
+    ALWAYS_ON: {"aggregate": "average"},
+    GATED: {"aggregate": "select"},
+    NO_FLOOR: {"aggregate": "select", "floor": None},
+    "mixture": {"aggregate": "mixture"},
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the study.
+
+    Attributes:
+        served: how the same trained run is served (names of `SERVED`); each is measured.
+        flags: of `S3TConfig` and `ModelConfig`, where they differ from `TRAINING`.
+        kind: `run` deletes from one trained run, `retrained` trains again without the deleted,
+            `base` is the base model.
+        subjects_per_shard: by world; gives `num_shards`.
+        is_small: whether it belongs to the small form.
+    """
+
+    name: str
+    served: tuple[str, ...]
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    kind: Kind = "run"
+    subjects_per_shard: Mapping[str, int] | None = None
+    is_small: bool = True
+
+    @property
+    def slug(self) -> str:
+        return slug(self.name)
+
+    @property
+    def is_exact_method(self) -> bool:
+        """Whether it claims to keep its knowledge without retraining."""
+        return self.kind == "run" and self.name != PLAIN.name
+
+
+def slug(name: str) -> str:
+    """A name as a directory."""
+    return "-".join(name.lower().replace("=", "").replace(",", "").split())
+
+
+ONE_LORA = {"exact_method": "experts", "num_shards": 1, "lora_r": 32}
+BASE = Configuration("base model", (ALWAYS_ON,), kind="base")
+PLAIN = Configuration("plain LoRA", (ALWAYS_ON, GATED, NO_FLOOR), ONE_LORA)
+RETRAINED = Configuration(
+    "retrained plain LoRA", (ALWAYS_ON, GATED, NO_FLOOR), ONE_LORA, kind="retrained"
+)
+
+CONFIGURATIONS: tuple[Configuration, ...] = (
+    BASE,
+    PLAIN,
+    RETRAINED,
+    Configuration("S3T", (ALWAYS_ON,), {"num_shards": 1, "num_slices": 4, "num_sequences": 2}),
+    Configuration(
+        "S3T m=4", (ALWAYS_ON, GATED, NO_FLOOR, "mixture"), {"num_shards": 4, "num_slices": 3, "num_sequences": 1}
+    ),
+    Configuration(
+        "S3T layers", (ALWAYS_ON,), {"num_slices": 4, "num_sequences": 2, "blocks": "layers"}, is_small=False
+    ),
+    Configuration(
+        "experts", (GATED, NO_FLOOR, "mixture", ALWAYS_ON), {"exact_method": "experts", "lora_r": 8},
+        subjects_per_shard={"demonstration": 4, "tofu": 10},
+    ),
+)  # fmt: skip
+
+# What every configuration of a world has in common; `passes` is the budget.
+TRAINING: dict[str, dict[str, Any]] = {
+    "demonstration": {
+        "passes": 60, "per_device_train_batch_size": 12, "learning_rate": 2e-3, "lora_r": 32,
+        "max_length": 64, "select_floor": -3.5,
+    },
+    "tofu": {
+        "passes": 30, "per_device_train_batch_size": 20, "learning_rate": 2e-3, "lora_r": 32,
+        "max_length": 512,
+    },
+}  # fmt: skip
+COMMON = {
+    "lora_dropout": 0.0, "warmup_steps": 5, "lr_scheduler_type": "cosine", "num_threads": 1,
+}  # fmt: skip
+LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout")
+
+
+def select(only: Sequence[str], small: bool) -> list[Configuration]:
+    """The configurations to study, in the order of the table; references always.
+
+    Raises:
+        UserError: a name that is not in the table.
+    """
+    known = {one.name: one for one in CONFIGURATIONS}
+    if unknown := [name for name in only if name not in known]:
+        raise UserError(f"--only {unknown[0]!r} is not studied: one of {', '.join(known)}")
+    if only:
+        return [one for one in CONFIGURATIONS if one.name in {*only, BASE.name}]
+    return [one for one in CONFIGURATIONS if one.is_small or not small]
+
+
+def distinct(configuration: Configuration, world: str) -> list[str]:
+    """The ways to serve that differ from each other: where a world has no floor, two are the same."""
+    found: dict[str, str] = {}
+    for served in configuration.served:
+        rule = {"floor": TRAINING[world].get("select_floor"), **SERVED[served]}
+        found.setdefault(repr(sorted(rule.items(), key=str)), served)
+    return list(found.values())
+
+
+def flags_of(
+    configuration: Configuration, world: str, subjects: int, overrides: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flags of `S3TConfig` and of `ModelConfig`.
+
+    Args:
+        subjects: how many subjects the run begins with.
+        overrides: of the study's caller (`passes` among them).
+    """
+    flags = COMMON | TRAINING[world] | dict(configuration.flags) | dict(overrides)
+    if configuration.subjects_per_shard:
+        per_shard = configuration.subjects_per_shard[world]
+        flags["num_shards"] = max(2, round(subjects / per_shard))
+    flags["lora_alpha"] = 2 * flags["lora_r"]
+    flags["num_train_epochs"] = epochs(flags.pop("passes"), flags.get("num_slices", 1))
+    lora = {name: flags.pop(name) for name in LORA_FLAGS}
+    return flags, lora
+
+
+def epochs(passes: float, slices: int) -> float:
+    """Epochs of a stage, so that a sequence sees a record `passes` times on average.
+
+    Stage i of L sees i of L slices (cumulative data): (L + 1) / 2 times everything in all.
+    """
+    return 2 * passes / (slices + 1)

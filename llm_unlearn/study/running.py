@@ -1,0 +1,292 @@
+"""The study's loop: train what is missing, delete in a copy, measure, write each number once.
+
+    OUT/study.json                                       what is studied; another study is refused
+    OUT/runs/<configuration>/seed-<s>/                   trained runs, as recipes/s3t.py makes them
+    OUT/measurements/<configuration>/<served>/seed-<s>/<deletions>.json   numbers by row
+    ... <deletions>.safetensors                          distributions at the ends of orphans' prompts
+
+Whatever is there is not done again, so the same command goes on after an interruption, and started
+twice at once it shares the work: a configuration that another process is at is left to it.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.numpy import save
+from trl import ModelConfig
+
+from llm_unlearn import files
+from llm_unlearn.console import StudyProgress
+from llm_unlearn.data.partition import PartitionKey
+from llm_unlearn.data.records import Record
+from llm_unlearn.errors import RunError, UserError
+from llm_unlearn.exact.arguments import S3TConfig, make_config, make_shape
+from llm_unlearn.exact.base_model import load_base
+from llm_unlearn.exact.ensemble import BASE, ShardEnsemble
+from llm_unlearn.exact.run import S3TRun
+from llm_unlearn.exact.selection import Rule
+from llm_unlearn.exact.store import RunDirectory
+from llm_unlearn.study.configurations import SERVED, Configuration, distinct, flags_of, slug
+from llm_unlearn.study.costs import Costs, costs_of
+from llm_unlearn.study.measuring import Measured, System, measure, seconds_a_prompt, timed_prompts
+from llm_unlearn.study.worlds import World
+
+BUSY_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is asked for: a world, a model, and how much of everything.
+
+    Attributes:
+        deletions: after how many deletions each run is measured, ascending.
+        overrides: flags of every configuration (`passes`, `learning_rate`, ...).
+    """
+
+    output: Path
+    world: World
+    model: str
+    configurations: Sequence[Configuration]
+    seeds: int
+    deletions: Sequence[int]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """What two calls must have in common to go on with each other's measurements."""
+        return {
+            "world": self.world.name,
+            "model": self.model,
+            "subjects": len(self.world.subjects),
+            "overrides": dict(self.overrides),
+        }
+
+    def check(self) -> None:
+        """Refuse what cannot be studied.
+
+        Raises:
+            UserError: more deletions than subjects, or no seed.
+        """
+        most = len(self.world.subjects) - 1
+        if not self.deletions or not 0 <= min(self.deletions) <= max(self.deletions) <= most:
+            raise UserError(f"--deletions: numbers from 0 to {most} (somebody has to stay)")
+        if self.seeds < 1:
+            raise UserError(f"--seeds must be at least 1, got {self.seeds}")
+
+    def claim(self) -> None:
+        """Make the output directory this study's.
+
+        Raises:
+            UserError: it holds another study.
+        """
+        path = self.output / "study.json"
+        self.output.mkdir(parents=True, exist_ok=True)
+        if path.exists() and (there := json.loads(path.read_bytes())) != self.describe():
+            raise UserError(
+                f"{self.output} holds another study ({there}): choose another --output_dir"
+            )
+        files.write_bytes(path, json.dumps(self.describe(), indent=1).encode())
+
+    def order(self, seed: int) -> list[str]:
+        """The subjects in the order of their deletion, the same for every configuration."""
+        subjects = self.world.subjects
+        return random.Random(f"study {seed}").sample(subjects, len(subjects))
+
+    def measurement(self, one: Configuration, served: str, seed: int, count: int) -> Path:
+        place = self.output / "measurements" / one.slug / slug(served) / f"seed-{seed}"
+        return place / f"{count}.json"
+
+    def served(self, one: Configuration) -> list[str]:
+        return distinct(one, self.world.name)
+
+    def counts(self, one: Configuration) -> list[int]:
+        """Before any deletion a retrained model is the plain one, and is not trained twice."""
+        return [count for count in self.deletions if count or one.kind != "retrained"]
+
+
+def run_study(study: Study, progress: StudyProgress) -> list[str]:
+    """Train and measure whatever is missing.
+
+    Returns:
+        What was left to another process.
+    """
+    study.claim()
+    torch.set_num_threads(1)
+    jobs = [(one, seed) for seed in range(study.seeds) for one in study.configurations]
+    progress.plan(sum(len(study.served(one)) * len(study.counts(one)) for one, _ in jobs))
+    busy = []
+    for one, seed in jobs:
+        lock = study.output / "runs" / one.slug / f"seed-{seed}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with files.locked(lock, "studying it", timeout=BUSY_SECONDS):
+                Job(study, one, seed, progress).finish()
+        except RunError as error:
+            if "is busy" not in str(error):
+                raise
+            busy.append(f"{one.name}, seed {seed}")
+    return busy
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration under one seed."""
+
+    study: Study
+    configuration: Configuration
+    seed: int
+    progress: StudyProgress
+
+    def finish(self) -> None:
+        """Measure what is missing at every number of deletions."""
+        served = self.study.served(self.configuration)
+        for count in self.study.counts(self.configuration):
+            missing = [s for s in served if not self._is_measured(s, count)]
+            if missing:
+                self._measure_at(count, missing)
+            self.progress.measured(len(served))
+
+    @property
+    def path(self) -> Path:
+        return self.study.output / "runs" / self.configuration.slug / f"seed-{self.seed}"
+
+    def rule(self, served: str) -> Rule:
+        arguments, model_arguments = self._arguments()
+        return replace(make_config(arguments, model_arguments).rule, **SERVED[served])
+
+    def _is_measured(self, served: str, count: int) -> bool:
+        """Whether the numbers are there, of answers given by today's rule."""
+        path = self.study.measurement(self.configuration, served, self.seed, count)
+        return path.exists() and json.loads(path.read_bytes())["rule"] == asdict(self.rule(served))
+
+    def _measure_at(self, count: int, missing: Sequence[str]) -> None:
+        deleted = self.study.order(self.seed)[:count]
+        name = f"{self.configuration.name}, seed {self.seed}, {count} deletions"
+        if self.configuration.kind == "base":
+            model, tokenizer = self._base()
+            self._write(missing[0], count, deleted, System(model, tokenizer), None, {})
+            return
+        with self._served_run(deleted) as (run, costs):
+            for served in missing:
+                self.progress.say(f"{name}: {served}")
+                model, tokenizer = self._base()
+                rule = self.rule(served)
+                ensemble = ShardEnsemble.from_run(model, run.directory.served, rule)
+                homes = {s: run.directory.slices.place(s).shard for s in self.study.world.subjects}
+                system = System(ensemble, tokenizer, homes)
+                times = self._times(run, system) if count == 0 else {}
+                self._write(served, count, deleted, system, costs, times, run)
+
+    def _write(
+        self,
+        served: str,
+        count: int,
+        deleted: list[str],
+        system: System,
+        costs: Costs | None,
+        times: dict[str, float],
+        run: S3TRun | None = None,
+    ) -> None:
+        found = measure(system, self.study.world, deleted)
+        path = self.study.measurement(self.configuration, served, self.seed, count)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "configuration": self.configuration.name,
+            "served": served,
+            "seed": self.seed,
+            "deletions": count,
+            "deleted": deleted,
+            "bystanders": _bystanders(run, self.study.world.subjects, deleted) if run else [],
+            "rule": asdict(self.rule(served)),
+            "costs": (asdict(costs) if costs else {}) | times,
+            "sections": found.sections,
+        }
+        _write_measurement(path, content, found)
+
+    @contextmanager
+    def _served_run(self, deleted: list[str]) -> Iterator[tuple[S3TRun, Costs]]:
+        """The run to be asked: as trained, a copy after the deletions, or one trained without them."""
+        world = self.study.world
+        if self.configuration.kind == "retrained":
+            records = [record for record in world.records if record.subject not in deleted]
+            run = self._trained(self.path / f"without-{len(deleted)}", records)
+            yield run, costs_of(run, run.training_seconds())
+            return
+        trained = self._trained(self.path / "trained", world.records)
+        if not deleted:
+            yield trained, costs_of(trained)
+            return
+        copy = self.path / f"after-{len(deleted)}"
+        files.remove(copy)
+        shutil.copytree(trained.path, copy, symlinks=True)
+        try:
+            run = S3TRun.open(copy)
+            seconds = [run.delete([subject]).seconds for subject in deleted]
+            yield run, costs_of(run, sum(seconds) / len(seconds))
+        finally:
+            files.remove(copy)
+
+    def _trained(self, path: Path, records: list[Record]) -> S3TRun:
+        """The run at `path`, made or resumed."""
+        arguments, model_arguments = self._arguments()
+        config = make_config(arguments, model_arguments)
+        model, tokenizer = load_base(self.study.model)
+        shape = make_shape(model, tokenizer, model_arguments)
+        if (path / "run.json").exists():
+            run = S3TRun.open(path)
+            # Who answers is the study's business, and decides no bit of what is trained.
+            run.directory.ensure_same(replace(config, rule=run.directory.config.rule), shape)
+        else:
+            key = PartitionKey.from_phrase(f"study {self.seed}")
+            run = S3TRun(RunDirectory.create(path, records, config, shape, key))
+        self.progress.say(f"{self.configuration.name}, seed {self.seed}: training")
+        run.train(model, tokenizer, self.progress)  # pyright: ignore[reportArgumentType]
+        return run
+
+    def _arguments(self) -> tuple[S3TConfig, ModelConfig]:
+        world = self.study.world
+        flags, lora = flags_of(
+            self.configuration, world.name, len(world.subjects), self.study.overrides
+        )
+        arguments = S3TConfig(output_dir=str(self.path), report_to=[], **flags)
+        return arguments, ModelConfig(model_name_or_path=self.study.model, **lora)
+
+    def _base(self) -> tuple[Any, Any]:
+        from accelerate import PartialState
+
+        model, tokenizer = load_base(self.study.model)
+        return model.to(PartialState().device), tokenizer  # pyright: ignore[reportArgumentType]
+
+    def _times(self, run: S3TRun, system: System) -> dict[str, float]:
+        """Seconds a prompt of the system, and of one adapter alone, in the same process."""
+        prompts = timed_prompts(system, self.study.world)
+        tokens = self.study.world.new_tokens
+        shard = next((name for name in system.model.adapters if name != BASE), None)
+        if shard is None:
+            return {}
+        model, _ = self._base()
+        alone = PeftModel.from_pretrained(model, str(run.directory.served / shard)).eval()
+        return seconds_a_prompt(system, alone, prompts, tokens)
+
+
+def _bystanders(run: S3TRun, subjects: Sequence[str], deleted: Sequence[str]) -> list[str]:
+    """Living subjects who share a slice with somebody who was deleted."""
+    place = run.directory.slices.place
+    hit = {place(subject) for subject in deleted}
+    return [s for s in subjects if s not in set(deleted) and place(s) in hit]
+
+
+def _write_measurement(path: Path, content: dict[str, Any], found: Measured) -> None:
+    """The JSON file comes last: where it is, the measurement is whole."""
+    if found.distributions is not None:
+        # Half precision: three digits are enough for a divergence, and equal rows stay equal.
+        data = save({"log_probabilities": found.distributions.astype("float16")})
+        files.write_bytes(path.with_suffix(".safetensors"), data)
+    files.write_bytes(path, json.dumps(content).encode())
