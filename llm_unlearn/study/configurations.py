@@ -12,16 +12,11 @@ from typing import Any, Literal
 from llm_unlearn.errors import UserError
 
 Kind = Literal["run", "retrained", "base"]
-ALWAYS_ON, GATED, NO_FLOOR = "average", "select", "select, no floor"
+ALWAYS_ON, GATED = "average", "select"
 
-# How a run can be served: an aggregation, and what of the rule is not as the run's flags say. How
-# likely a name is under one adapter falls with the number of names it knows, so a floor that fits
-# experts turns a plain LoRA's own questions away: without it a plain LoRA has a fair gate.
+# How a run can be served, and what of the rule is then not as the run's flags say.
 SERVED: dict[str, dict[str, Any]] = {
-    ALWAYS_ON: {"aggregate": "average"},
-    GATED: {"aggregate": "select"},
-    NO_FLOOR: {"aggregate": "select", "floor": None},
-    "mixture": {"aggregate": "mixture"},
+    name: {"aggregate": name} for name in (ALWAYS_ON, GATED, "mixture", "vote", "merge", "nearest")
 }
 
 
@@ -62,33 +57,40 @@ def slug(name: str) -> str:
 
 ONE_LORA = {"exact_method": "experts", "num_shards": 1, "lora_r": 32}
 BASE = Configuration("base model", (ALWAYS_ON,), kind="base")
-PLAIN = Configuration("plain LoRA", (ALWAYS_ON, GATED, NO_FLOOR), ONE_LORA)
-RETRAINED = Configuration(
-    "retrained plain LoRA", (ALWAYS_ON, GATED, NO_FLOOR), ONE_LORA, kind="retrained"
-)
+PLAIN = Configuration("plain LoRA", (ALWAYS_ON, GATED), ONE_LORA)
+RETRAINED = Configuration("retrained plain LoRA", (ALWAYS_ON, GATED), ONE_LORA, kind="retrained")
+EXPERTS = {"exact_method": "experts", "lora_r": 8}
 
 CONFIGURATIONS: tuple[Configuration, ...] = (
     BASE,
     PLAIN,
     RETRAINED,
-    Configuration("S3T", (ALWAYS_ON,), {"num_shards": 1, "num_slices": 4, "num_sequences": 2}),
-    Configuration(
-        "S3T m=4", (ALWAYS_ON, GATED, NO_FLOOR, "mixture"), {"num_shards": 4, "num_slices": 3, "num_sequences": 1}
-    ),
+    Configuration("S3T", (ALWAYS_ON, GATED), {"num_shards": 1, "num_slices": 4, "num_sequences": 2}),
     Configuration(
         "S3T layers", (ALWAYS_ON,), {"num_slices": 4, "num_sequences": 2, "blocks": "layers"}, is_small=False
     ),
     Configuration(
-        "experts", (GATED, NO_FLOOR, "mixture", ALWAYS_ON), {"exact_method": "experts", "lora_r": 8},
+        "S3T m=4", (ALWAYS_ON, GATED, "mixture", "vote", "merge"),
+        {"num_shards": 4, "num_slices": 3, "num_sequences": 1},
+    ),
+    Configuration(
+        "SISA m=4", (ALWAYS_ON, GATED), {"exact_method": "sisa", "num_shards": 4, "num_slices": 3}, is_small=False
+    ),
+    Configuration(
+        "LegoNet", ("nearest",), {"exact_method": "lego", "num_shards": 12, "copies": 3}, is_small=False
+    ),
+    Configuration(
+        "experts", (GATED, "mixture", ALWAYS_ON, "vote", "merge"), EXPERTS,
         subjects_per_shard={"demonstration": 4, "tofu": 10},
     ),
+    Configuration("experts by subject", (GATED, "mixture"), EXPERTS | {"num_shards": 0}),
 )  # fmt: skip
 
 # What every configuration of a world has in common; `passes` is the budget.
 TRAINING: dict[str, dict[str, Any]] = {
     "demonstration": {
         "passes": 60, "per_device_train_batch_size": 12, "learning_rate": 2e-3, "lora_r": 32,
-        "max_length": 64, "select_floor": -3.5,
+        "max_length": 64,
     },
     "tofu": {
         "passes": 30, "per_device_train_batch_size": 20, "learning_rate": 2e-3, "lora_r": 32,
@@ -113,15 +115,6 @@ def select(only: Sequence[str], small: bool) -> list[Configuration]:
     if only:
         return [one for one in CONFIGURATIONS if one.name in {*only, BASE.name}]
     return [one for one in CONFIGURATIONS if one.is_small or not small]
-
-
-def distinct(configuration: Configuration, world: str) -> list[str]:
-    """The ways to serve that differ from each other: where a world has no floor, two are the same."""
-    found: dict[str, str] = {}
-    for served in configuration.served:
-        rule = {"floor": TRAINING[world].get("select_floor"), **SERVED[served]}
-        found.setdefault(repr(sorted(rule.items(), key=str)), served)
-    return list(found.values())
 
 
 def flags_of(

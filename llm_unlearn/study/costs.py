@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from llm_unlearn.data.partition import SliceName
 from llm_unlearn.exact.adapters import WEIGHTS_NAME, expected_shapes
 from llm_unlearn.exact.run import S3TRun
-from llm_unlearn.exact.trie import Node
+from llm_unlearn.exact.trie import Node, live
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ def costs_of(run: S3TRun, deletion_seconds: float = 0.0) -> Costs:
     directory = run.directory
     weights = [p.stat().st_size for p in directory.served.resolve().rglob(WEIGHTS_NAME)]
     kept = [p.stat().st_size for p in directory.nodes.directory.rglob(WEIGHTS_NAME)]
-    first = [node for shard in directory.shards for node in directory.paths(shard)[0]]
+    paths = [directory.paths(shard)[0] for shard in directory.shards]
+    first = [node for path in paths for node in path]
     nodes = list(directory.wanted().values())
     batch = int(directory.config.training["per_device_train_batch_size"])
     epochs = float(directory.config.training["num_train_epochs"])
@@ -46,7 +47,7 @@ def costs_of(run: S3TRun, deletion_seconds: float = 0.0) -> Costs:
         deletion_seconds=deletion_seconds,
         served_bytes=sum(weights),
         kept_bytes=sum(kept),
-        parameters=sum(_parameters(run, node) for node in first),
+        parameters=sum(_parameters(run, node) for path in paths for node in live(path)),
         rows_seen=seen / records if records else 0.0,
         steps=round(sum(-(-_rows(run, node) // batch) for node in nodes) * epochs),
     )

@@ -42,11 +42,11 @@ Prompts = list[tuple[int, ...]]
 
 @dataclass(frozen=True)
 class System:
-    """A model to ask. `homes` says where a subject lives: its shard's adapter, None without shards."""
+    """A model to ask. `homes`: which of its adapters learnt from a subject; None without any."""
 
     model: Any
     tokenizer: Any
-    homes: Mapping[str, int] | None = None
+    homes: Mapping[str, set[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -194,12 +194,12 @@ def _answerers(system: System, prompts: Prompts, section: Questions) -> dict[str
     """The share of the base model and of the subject's own unit in each answer."""
     if system.homes is None:
         return {"by_base": [1.0] * len(prompts)}
-    homes = [system.homes.get(str(row.get("subject")), BASE_MODEL) for row in section.rows]
+    homes = [system.homes.get(str(row.get("subject")), set()) for row in section.rows]
     shares = shares_of_shards(system.model, prompts)
     return {
         "by_base": [share.get(BASE_MODEL, 0.0) for share in shares],
         "by_own": [
-            0.0 if home == BASE_MODEL else share.get(home, 0.0)
+            sum(weight for shard, weight in share.items() if shard in home)
             for share, home in zip(shares, homes, strict=True)
         ],
     }

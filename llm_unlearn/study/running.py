@@ -27,14 +27,14 @@ from llm_unlearn import files
 from llm_unlearn.console import StudyProgress
 from llm_unlearn.data.partition import PartitionKey
 from llm_unlearn.data.records import Record
+from llm_unlearn.demonstration import residents
 from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact.arguments import S3TConfig, make_config, make_shape
 from llm_unlearn.exact.base_model import load_base
 from llm_unlearn.exact.ensemble import BASE, ShardEnsemble
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.selection import Rule
-from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.study.configurations import SERVED, Configuration, distinct, flags_of, slug
+from llm_unlearn.study.configurations import SERVED, Configuration, flags_of, slug
 from llm_unlearn.study.costs import Costs, costs_of
 from llm_unlearn.study.measuring import Measured, System, measure, seconds_a_prompt, timed_prompts
 from llm_unlearn.study.worlds import World
@@ -103,9 +103,6 @@ class Study:
         place = self.output / "measurements" / one.slug / slug(served) / f"seed-{seed}"
         return place / f"{count}.json"
 
-    def served(self, one: Configuration) -> list[str]:
-        return distinct(one, self.world.name)
-
     def counts(self, one: Configuration) -> list[int]:
         """Before any deletion a retrained model is the plain one, and is not trained twice."""
         return [count for count in self.deletions if count or one.kind != "retrained"]
@@ -120,7 +117,7 @@ def run_study(study: Study, progress: StudyProgress) -> list[str]:
     study.claim()
     torch.set_num_threads(1)
     jobs = [(one, seed) for seed in range(study.seeds) for one in study.configurations]
-    progress.plan(sum(len(study.served(one)) * len(study.counts(one)) for one, _ in jobs))
+    progress.plan(sum(len(one.served) * len(study.counts(one)) for one, _ in jobs))
     busy = []
     for one, seed in jobs:
         lock = study.output / "runs" / one.slug / f"seed-{seed}.lock"
@@ -146,7 +143,7 @@ class Job:
 
     def finish(self) -> None:
         """Measure what is missing at every number of deletions."""
-        served = self.study.served(self.configuration)
+        served = self.configuration.served
         for count in self.study.counts(self.configuration):
             missing = [s for s in served if not self._is_measured(s, count)]
             if missing:
@@ -173,16 +170,15 @@ class Job:
             model, tokenizer = self._base()
             self._write(missing[0], count, deleted, System(model, tokenizer), None, {})
             return
-        with self._served_run(deleted) as (run, costs):
+        with self._served_run(deleted) as (run, costs, bystanders):
             for served in missing:
                 self.progress.say(f"{name}: {served}")
                 model, tokenizer = self._base()
                 rule = self.rule(served)
-                ensemble = ShardEnsemble.from_run(model, run.directory.served, rule)
-                homes = {s: run.directory.slices.place(s).shard for s in self.study.world.subjects}
-                system = System(ensemble, tokenizer, homes)
+                ensemble = ShardEnsemble.from_run(model, run.directory.served, rule, tokenizer)
+                system = System(ensemble, tokenizer, _homes(run, ensemble))
                 times = self._times(run, system) if count == 0 else {}
-                self._write(served, count, deleted, system, costs, times, run)
+                self._write(served, count, deleted, system, costs, times, bystanders)
 
     def _write(
         self,
@@ -192,7 +188,7 @@ class Job:
         system: System,
         costs: Costs | None,
         times: dict[str, float],
-        run: S3TRun | None = None,
+        bystanders: Sequence[str] = (),
     ) -> None:
         found = measure(system, self.study.world, deleted)
         path = self.study.measurement(self.configuration, served, self.seed, count)
@@ -203,7 +199,7 @@ class Job:
             "seed": self.seed,
             "deletions": count,
             "deleted": deleted,
-            "bystanders": _bystanders(run, self.study.world.subjects, deleted) if run else [],
+            "bystanders": list(bystanders),
             "rule": asdict(self.rule(served)),
             "costs": (asdict(costs) if costs else {}) | times,
             "sections": found.sections,
@@ -211,17 +207,23 @@ class Job:
         _write_measurement(path, content, found)
 
     @contextmanager
-    def _served_run(self, deleted: list[str]) -> Iterator[tuple[S3TRun, Costs]]:
-        """The run to be asked: as trained, a copy after the deletions, or one trained without them."""
+    def _served_run(self, deleted: list[str]) -> Iterator[tuple[S3TRun, Costs, list[str]]]:
+        """The run to be asked (as trained, a copy after the deletions, or one trained without them),
+        its costs, and the bystanders.
+        """
         world = self.study.world
         if self.configuration.kind == "retrained":
             records = [record for record in world.records if record.subject not in deleted]
             run = self._trained(self.path / f"without-{len(deleted)}", records)
-            yield run, costs_of(run, run.training_seconds())
+            yield (
+                run,
+                costs_of(run, run.training_seconds()),
+                sorted(set().union(*residents(run).values())),
+            )
             return
         trained = self._trained(self.path / "trained", world.records)
         if not deleted:
-            yield trained, costs_of(trained)
+            yield trained, costs_of(trained), []
             return
         copy = self.path / f"after-{len(deleted)}"
         files.remove(copy)
@@ -229,12 +231,14 @@ class Job:
         try:
             run = S3TRun.open(copy)
             seconds = [run.delete([subject]).seconds for subject in deleted]
-            yield run, costs_of(run, sum(seconds) / len(seconds))
+            bystanders = _bystanders(trained, set(deleted))
+            yield run, costs_of(run, sum(seconds) / len(seconds)), bystanders
         finally:
             files.remove(copy)
 
     def _trained(self, path: Path, records: list[Record]) -> S3TRun:
         """The run at `path`, made or resumed."""
+        world = self.study.world
         arguments, model_arguments = self._arguments()
         config = make_config(arguments, model_arguments)
         model, tokenizer = load_base(self.study.model)
@@ -244,8 +248,13 @@ class Job:
             # Who answers is the study's business, and decides no bit of what is trained.
             run.directory.ensure_same(replace(config, rule=run.directory.config.rule), shape)
         else:
-            key = PartitionKey.from_phrase(f"study {self.seed}")
-            run = S3TRun(RunDirectory.create(path, records, config, shape, key))
+            key = self.path / "secret.key"
+            files.write_bytes(key, PartitionKey.from_phrase(f"study {self.seed}").secret)
+            arguments.key_path = str(key)
+            public = [str(row["question"]) for rows in world.public.values() for row in rows]
+            run = S3TRun.create(
+                path, records, arguments, model, tokenizer, model_arguments, public_texts=public
+            )
         self.progress.say(f"{self.configuration.name}, seed {self.seed}: training")
         run.train(model, tokenizer, self.progress)  # pyright: ignore[reportArgumentType]
         return run
@@ -276,11 +285,22 @@ class Job:
         return seconds_a_prompt(system, alone, prompts, tokens)
 
 
-def _bystanders(run: S3TRun, subjects: Sequence[str], deleted: Sequence[str]) -> list[str]:
-    """Living subjects who share a slice with somebody who was deleted."""
-    place = run.directory.slices.place
-    hit = {place(subject) for subject in deleted}
-    return [s for s in subjects if s not in set(deleted) and place(s) in hit]
+def _homes(run: S3TRun, ensemble: ShardEnsemble) -> dict[str, set[int]]:
+    """Which of the ensemble's adapters learnt from each living subject."""
+    if ensemble.num_shards == 1:
+        return {subject: {0} for here in residents(run).values() for subject in here}
+    positions = {shard: index for index, shard in enumerate(run.directory.shards)}
+    homes: dict[str, set[int]] = {}
+    for name, subjects in residents(run).items():
+        for subject in subjects:
+            homes.setdefault(subject, set()).add(positions[name.shard])
+    return homes
+
+
+def _bystanders(trained: S3TRun, deleted: set[str]) -> list[str]:
+    """Living subjects who shared a slice with somebody who was deleted."""
+    hit = [subjects for subjects in residents(trained).values() if subjects & deleted]
+    return sorted(set().union(*hit) - deleted)
 
 
 def _write_measurement(path: Path, content: dict[str, Any], found: Measured) -> None:
