@@ -139,7 +139,7 @@ class S3TConfig(SFTConfig):
         metadata={"help": "Probability that a request hits slice 1, 2, ... (bms, conditional)."},
     )
     blocks: str = field(
-        default=None,  # pyright: ignore[reportArgumentType]
+        default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
             "help": "What a stage owns: ranks (a band in every layer), layers (the S3T paper), or, "
             "with sisa alone, whole (ranks; sisa: whole)."

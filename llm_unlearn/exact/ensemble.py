@@ -3,8 +3,8 @@
 Either the shards' next-token distributions are averaged (the S3T paper averages logits in its
 released code and speaks of an aggregate decision, section 3.3; probabilities are the proper
 mixture), where a shard with nothing left answers with the base model; or the prompt decides who
-answers (`selection.py`). Both rules are constants, so the ensemble is a function of the served
-adapters only.
+answers (`selection.py`). On a permanent core, the core answers in place of the base. Both rules are
+constants, so the ensemble is a function of the served adapters only.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.selection import BASE_MODEL, NOTHING, Choice, Rule, Score, choose
-from llm_unlearn.exact.served import read_lineage
+from llm_unlearn.exact.served import depth_of, read_lineage
 
 BASE = "__base__"  # PEFT's name for rows of a mixed batch that no adapter touches
 
@@ -33,8 +33,9 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
 
     Args:
         model: the base model with one PEFT adapter per shard.
-        adapters: adapter name of every shard; `__base__` where a shard has nothing left.
+        adapters: adapter name of every shard; `nobody` where a shard has nothing left.
         rule: who answers.
+        nobody: who answers for nobody: `__base__`, or the adapter name of the permanent core.
     """
 
     # Attention is the base model's business, which has already chosen how to compute it.
@@ -48,11 +49,13 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         model: PeftModel,
         adapters: list[str],
         rule: Rule | None = None,
+        nobody: str = BASE,
     ):
         super().__init__(cast(PreTrainedModel, model.get_base_model()).config)
         self.model = model
         self.adapters = adapters
         self.rule = rule or Rule()
+        self.nobody = nobody
         self.generation_config = model.generation_config
         self._routing: Routing | None = None
 
@@ -73,11 +76,12 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         )
         if not directories:
             raise UserError(f"{served} holds no served adapter: train the run first")
+        core = Path(served) / "core"
+        nobody = core.name if core.is_dir() else BASE
         model, adapters = None, []
         for directory in directories:
-            lineage = read_lineage(directory)
-            depth = len(lineage["nodes"]) if lineage else 0
-            name = directory.name if depth else BASE
+            depth = depth_of(read_lineage(directory))
+            name = directory.name if depth else nobody
             adapters.append(name)
             if model is None:
                 # PEFT needs an adapter to begin with; one of zeros does no harm.
@@ -85,7 +89,9 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             elif depth:
                 model.load_adapter(str(directory), adapter_name=name)
         assert model is not None
-        return cls(model.eval(), adapters, rule).eval()
+        if nobody != BASE:
+            model.load_adapter(str(core), adapter_name=nobody)
+        return cls(model.eval(), adapters, rule, nobody).eval()
 
     @property
     def num_shards(self) -> int:
@@ -180,10 +186,10 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             counted &= positions(mask)[:, 1:] < prompt_lengths.to(mask.device)[:, None]
         columns = []
         for name in (*self.adapters, None):
-            if name == BASE:
+            if name == self.nobody:
                 columns.append([Score(NOTHING, NOTHING)] * len(input_ids))
                 continue
-            routing = Routing.everybody(len(input_ids), name or BASE)
+            routing = Routing.everybody(len(input_ids), name or self.nobody)
             options = {"position_ids": positions(mask)}
             logits = self._ask(routing, input_ids, mask, options).logits[:, :-1]
             log_p = torch.log_softmax(logits.float(), -1)
@@ -217,7 +223,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         return self._routing_of(self.choose(input_ids, mask, prompt_lengths))
 
     def _routing_of(self, choices: list[list[Choice]]) -> "Routing":
-        return Routing.of(choices, self.adapters)
+        return Routing.of(choices, self.adapters, self.nobody)
 
     def _ask(
         self,
@@ -234,7 +240,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             for name, value in options.items()
         }
         names: list[str] | None = routing.names
-        if self.num_shards == 1 and set(names) == set(self.adapters) - {BASE}:
+        if self.num_shards == 1 and set(names) == set(self.adapters) - {self.nobody}:
             names = None  # the one adapter is active since it was loaded: no bookkeeping by rows
         return self.model(
             input_ids=routing.spread(input_ids),
@@ -300,7 +306,7 @@ class Routing:
         return cls(torch.arange(rows), [name] * rows, torch.zeros(rows), (rows,))
 
     @classmethod
-    def of(cls, choices: list[list[Choice]], adapters: list[str]) -> "Routing":
+    def of(cls, choices: list[list[Choice]], adapters: list[str], nobody: str = BASE) -> "Routing":
         rows, names, weights, sizes = [], [], [], []
         for rank in range(max(map(len, choices))):
             having = [row for row, chosen in enumerate(choices) if len(chosen) > rank]
@@ -308,7 +314,7 @@ class Routing:
             for row in having:
                 choice = choices[row][rank]
                 rows.append(row)
-                names.append(BASE if choice.adapter == BASE_MODEL else adapters[choice.adapter])
+                names.append(nobody if choice.adapter == BASE_MODEL else adapters[choice.adapter])
                 weights.append(choice.weight)
         return cls(torch.tensor(rows), names, torch.tensor(weights).log(), tuple(sizes))
 

@@ -1,4 +1,4 @@
-"""What is served: per shard the longest surviving prefix, as an ordinary PEFT adapter."""
+"""What is served: per shard the longest surviving prefix, as an ordinary PEFT adapter; and the core."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import files
+from llm_unlearn.data.partition import CORE
 from llm_unlearn.data.records import canonical, digest
 from llm_unlearn.exact.adapters import (
     CONFIG_NAME,
@@ -18,7 +19,7 @@ from llm_unlearn.exact.adapters import (
     to_bytes,
 )
 from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.exact.trie import Node, live, longest_surviving_prefix
+from llm_unlearn.exact.trie import CORE_STAGE, Node, live, longest_surviving_prefix
 
 LINEAGE_NAME = "lineage.json"
 
@@ -27,7 +28,7 @@ library_name: peft
 base_model: {base}
 tags: [unlearning, s3t, lora]
 ---
-# Shard {shard}: {depth} of {slices} slices
+# {title}
 
 {sentence}
 
@@ -35,6 +36,9 @@ Load it with `PeftModel.from_pretrained(base_model, "this directory")`. `lineage
 What is served is a deterministic function of data that contains no deleted record; the base model's own
 pre-training data is outside the guarantee.
 """
+CARD_CORE = (
+    "So is the permanent core that it stands on: what was trained into it cannot be deleted.\n"
+)
 
 
 def read_lineage(directory: Path) -> dict[str, Any] | None:
@@ -43,6 +47,11 @@ def read_lineage(directory: Path) -> dict[str, Any] | None:
         return json.loads((directory / LINEAGE_NAME).read_bytes())
     except (OSError, ValueError):
         return None
+
+
+def depth_of(lineage: dict[str, Any] | None) -> int:
+    """How many blocks a served shard has, on the core or on the base model."""
+    return sum(node["stage"] != CORE_STAGE for node in lineage["nodes"]) if lineage else 0
 
 
 def prefix_to_serve(run: RunDirectory, shard: int) -> list[Node]:
@@ -93,28 +102,32 @@ def write_shard(
     )
     data = to_bytes(tensors)
     config = adapter_config(tensors, run.config.lora, run.shape)
+    depth = sum(not node.is_core for node in nodes)
     described = lineage(run, shard, nodes) | {"digest": served_digest(data, config)}
     directory.mkdir()
     (directory / WEIGHTS_NAME).write_bytes(data)
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
+    title = f"Shard {shard}: {depth} of {run.config.num_slices} slices"
     card = CARD.format(
         base=run.shape.name_or_path,
-        shard=shard,
-        depth=len(nodes),
-        slices=run.config.num_slices,
+        title="The permanent core" if shard == CORE.shard else title,
         sentence=_sentence(nodes),
     )
-    (directory / "README.md").write_text(card)
+    (directory / "README.md").write_text(card + (CARD_CORE if run.core else ""))
     (directory / LINEAGE_NAME).write_text(json.dumps(described, indent=2, sort_keys=True))
     return described
 
 
 def _sentence(nodes: list[Node]) -> str:
+    blocks = [node for node in nodes if not node.is_core]
     if not nodes:
         return "No block of this shard is left: **this is the base model**, behind an adapter of zeros."
-    if len(live(nodes)) < len(nodes):
-        return f"A LoRA adapter: the checkpoint after slice {len(nodes)} of its shard."
-    return f"A LoRA adapter of {len(nodes)} trained blocks."
+    if not blocks:
+        return "No deletable block is in it: **this is the permanent core** alone."
+    on_core = " on the permanent core" if len(blocks) < len(nodes) else ""
+    if len(live(blocks)) < len(blocks):
+        return f"A LoRA adapter{on_core}: the checkpoint after slice {len(blocks)} of its shard."
+    return f"A LoRA adapter of {len(blocks)} trained blocks{on_core}."
 
 
 def _link_shard(source: Path, target: Path) -> None:
@@ -126,7 +139,7 @@ def _link_shard(source: Path, target: Path) -> None:
 
 def is_current(run: RunDirectory, shard: int, nodes: list[Node]) -> bool:
     """Is the shard served from exactly these nodes, files included?"""
-    directory = run.served / f"shard-{shard}"
+    directory = run.served / run.member_name(shard)
     described = read_lineage(directory)
     if described is None or [node["key"] for node in described.get("nodes", [])] != [
         node.key for node in nodes
@@ -140,21 +153,23 @@ def serve(run: RunDirectory) -> dict[int, dict[str, Any]]:
 
     The caller holds the run's lock. Generations that are not served any more are removed.
     """
-    chosen = {shard: prefix_to_serve(run, shard) for shard in run.shards}
+    chosen = {shard: prefix_to_serve(run, shard) for shard in run.members}
     if not all(is_current(run, shard, nodes) for shard, nodes in chosen.items()):
         generation = run.path / "generations" / secrets.token_hex(8)
         generation.mkdir(parents=True)
         for shard, nodes in chosen.items():
-            target = generation / f"shard-{shard}"
+            target = generation / run.member_name(shard)
             if is_current(run, shard, nodes):
-                _link_shard(run.served / f"shard-{shard}", target)
+                _link_shard(run.served / target.name, target)
             else:
                 write_shard(run, shard, nodes, target)
         files.fsync_tree(generation)
         files.fsync(generation.parent)
         files.publish_link(generation, run.served)
     remove_old_generations(run)
-    return {shard: read_lineage(run.served / f"shard-{shard}") or {} for shard in run.shards}
+    return {
+        member: read_lineage(run.served / run.member_name(member)) or {} for member in run.members
+    }
 
 
 def remove_old_generations(run: RunDirectory) -> int:
@@ -171,7 +186,7 @@ def remove_old_generations(run: RunDirectory) -> int:
 
 def digest_of_served(run: RunDirectory) -> str | None:
     """One digest of everything that is served now, None before anything is."""
-    lineages = [read_lineage(run.served / f"shard-{shard}") for shard in run.shards]
+    lineages = [read_lineage(run.served / run.member_name(member)) for member in run.members]
     if any(entry is None for entry in lineages):
         return None
     return digest([canonical(entry).decode() for entry in lineages])

@@ -3,7 +3,7 @@
     RUN/run.json            configuration and base model, written once and last
     RUN/secret.key          the partition key, mode 0600
     RUN/ledger.sqlite       requests, tombstones, events; ledger.head remembers the chain's end
-    RUN/records/            the records, slice by slice
+    RUN/records/            the records, slice by slice, and those of the permanent core
     RUN/nodes/<key>/        adapter_model.safetensors and manifest.json of one trained block
     RUN/served              link to the directory in generations/ that is served now
     RUN/cache/, trainer/    residues of training: purged when it ends and by every deletion
@@ -13,7 +13,7 @@ What is wanted is always derived from run.json and the records; nothing is belie
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import files
-from llm_unlearn.data.partition import KEY_BYTES, PartitionKey
+from llm_unlearn.data.partition import CORE, KEY_BYTES, PartitionKey, merkle_root
 from llm_unlearn.data.records import Record, canonical
 from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact.adapters import WEIGHTS_NAME, Tensors, file_digest, load_tensors, to_bytes
@@ -29,7 +29,7 @@ from llm_unlearn.exact.blocks import Block, make_blocks
 from llm_unlearn.exact.config import ModelShape, RunConfig
 from llm_unlearn.exact.ledger import Ledger
 from llm_unlearn.exact.slices import SliceStore
-from llm_unlearn.exact.trie import Node, wanted_paths
+from llm_unlearn.exact.trie import Node, core_node, wanted_paths
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -118,6 +118,7 @@ class RunDirectory:
         self.config = RunConfig.from_dict(description["config"])
         self.shape = ModelShape.from_dict(description["model"])
         self.key = key
+        self.core_root: str | None = description.get("core")
         self.slices = SliceStore(
             path / "records", key, self.config.num_shards, self.config.num_slices
         )
@@ -159,10 +160,12 @@ class RunDirectory:
         shape: ModelShape,
         key: PartitionKey | None = None,
         source: dict[str, Any] | None = None,
+        core: Sequence[Record] = (),
     ) -> "RunDirectory":
         """Partition the records and write a new run. run.json comes last: a crash leaves no run.
 
         Args:
+            core: records that can never be deleted, trained under all others.
             key: the partition key; a fresh random one by default.
             source: where the records came from, for the record only.
 
@@ -181,7 +184,8 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
         with files.locked(path / "state.lock", "creating it"):
-            return cls._create(path, records, config, shape, key or PartitionKey.random(), source)
+            key = key or PartitionKey.random()
+            return cls._create(path, records, config, shape, key, source, core)
 
     @classmethod
     def _create(
@@ -192,6 +196,7 @@ class RunDirectory:
         shape: ModelShape,
         key: PartitionKey,
         source: dict[str, Any] | None,
+        core: Sequence[Record],
     ) -> "RunDirectory":
         if (path / "run.json").exists():
             raise UserError(f"{path} already holds a run")
@@ -206,12 +211,15 @@ class RunDirectory:
             "salt_id": key.salt_id,
             "source": source or {},
         }
+        permanent = {"core": merkle_root([key.leaf(r.to_line()) for r in core])} if core else {}
+        description |= permanent
         run = cls(path, json.loads(canonical(description)), key)
         run.slices.write_all(records)
+        if core:
+            run.slices.write_core(core)
         run.ledger.create()
-        run.ledger.append(
-            "created", {"config": run.config.identity(run.shape), "salt_id": key.salt_id}
-        )
+        created = {"config": run.config.identity(run.shape), "salt_id": key.salt_id}
+        run.ledger.append("created", created | permanent)
         files.write_bytes(
             path / "run.json", json.dumps(description, indent=2, sort_keys=True).encode()
         )
@@ -263,19 +271,39 @@ class RunDirectory:
     def shards(self) -> range:
         return range(self.config.num_shards)
 
+    @cached_property
+    def core(self) -> Node | None:
+        """The node of the permanent core, under all others; None if the run has none."""
+        if self.core_root is None:
+            return None
+        every_layer = tuple(range(self.shape.num_layers))
+        return core_node(self.identity, every_layer, self.config.lora.rank, self.core_root)
+
     @property
     def served(self) -> Path:
         return self.path / "served"
 
+    @property
+    def members(self) -> list[int]:
+        """What is served, an adapter each: the shards, and the core (`CORE.shard`) if there is one."""
+        return [*self.shards, *([CORE.shard] if self.core else [])]
+
+    def member_name(self, shard: int) -> str:
+        """Name of a member's directory in `served/`."""
+        return "core" if shard == CORE.shard else f"shard-{shard}"
+
     def paths(self, shard: int) -> list[list[Node]]:
-        """The nodes that the shard's sequences want, given the records it holds now."""
+        """The nodes that the sequences of a member want, given the records it holds now."""
+        if self.core is not None and shard == CORE.shard:
+            return [[self.core]]
         roots = self.slices.roots(shard)
-        return wanted_paths(self.identity, shard, list(self.config.sequences), self.blocks, roots)
+        sequences = list(self.config.sequences)
+        return wanted_paths(self.identity, shard, sequences, self.blocks, roots, self.core)
 
     def wanted(self) -> dict[str, Node]:
         """Every node of the complete run, by key."""
         return {
-            node.key: node for shard in self.shards for path in self.paths(shard) for node in path
+            node.key: node for shard in self.members for path in self.paths(shard) for node in path
         }
 
     def changing(self, holder: str) -> AbstractContextManager[None]:

@@ -196,7 +196,7 @@ def _encode(run: RunDirectory, tokenizer: PreTrainedTokenizerBase, record: Recor
 
 
 def _missing(run: RunDirectory) -> list[Node]:
-    paths = [path for shard in run.shards for path in run.paths(shard)]
+    paths = [path for member in run.members for path in run.paths(member)]
     return missing_nodes(paths, run.nodes.exists)
 
 
@@ -241,7 +241,8 @@ def cache_path(run: RunDirectory, node: Node, part: int) -> Path:
 
 
 def _is_replayed(run: RunDirectory, node: Node) -> bool:
-    return run.config.prefix_cache and min(node.block.layers) > 0
+    """States are cached of the bare base model, so not where a core changes them."""
+    return run.config.prefix_cache and run.core is None and min(node.block.layers) > 0
 
 
 def _cache_states(run: RunDirectory, base: PreTrainedModel, task: Task) -> bool:
@@ -321,6 +322,9 @@ def _finish(run: RunDirectory) -> dict[int, int]:
         settle(run)
         lineages = serve(run)
         residues.purge_emptied(run)
-        digests = {str(shard): entry["digest"] for shard, entry in lineages.items()}
+        digests = {
+            run.member_name(member).removeprefix("shard-"): entry["digest"]
+            for member, entry in lineages.items()
+        }
         run.ledger.append("served", {"digests": digests})
     return depths_served(run)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llm_unlearn.data.partition import merkle_root
+from llm_unlearn.data.partition import CORE, SliceName, merkle_root
 from llm_unlearn.data.records import Record, digest
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact import residues
@@ -64,25 +64,35 @@ def check_records(run: RunDirectory) -> Check:
     check = Check("records")
     is_deleted = run.slices.matcher(run.ledger.tombstones())
     for name in run.slices.names:
-        header = run.slices.header(name)
-        lines = list(run.slices.lines(name))
-        records = [Record.from_line(line) for line in lines]
-        check.examined += len(records)
         where = f"records of shard {name.shard}, slice {name.slice}"
-        if (
-            merkle_root([run.key.leaf(line) for line in lines]) != header.root
-            or len(lines) != header.records
-        ):
-            check.problems.append(f"{where}: they are not the ones their header names")
-        elif not run.slices.has_texts_of(name, records):
-            check.problems.append(f"{where}: the digests of their texts are not theirs")
+        records = _read_and_check(run, name, where, check)
         if any(
             run.slices.place(subject) != name for subject in {record.subject for record in records}
         ):
             check.problems.append(f"{where}: a subject is in the wrong slice")
         if any(is_deleted(record) for record in records):
             check.problems.append(f"{where}: a deleted subject is still there")
+    if run.core is not None:
+        _read_and_check(run, CORE, "records of the permanent core", check)
+        if run.slices.header(CORE).root != run.core_root:
+            check.problems.append("records of the permanent core: they are not those of run.json")
+    if any(event.payload.get("core") != run.core_root for event in run.ledger.events("created")):
+        check.problems.append("run.json names another permanent core than the ledger")
     return check
+
+
+def _read_and_check(run: RunDirectory, name: SliceName, where: str, check: Check) -> list[Record]:
+    """The records of a file, compared with its header."""
+    header = run.slices.header(name)
+    lines = list(run.slices.lines(name))
+    records = [Record.from_line(line) for line in lines]
+    check.examined += len(records)
+    root = merkle_root([run.key.leaf(line) for line in lines])
+    if root != header.root or len(lines) != header.records:
+        check.problems.append(f"{where}: they are not the ones their header names")
+    elif not run.slices.has_texts_of(name, records):
+        check.problems.append(f"{where}: the digests of their texts are not theirs")
+    return records
 
 
 def check_nodes(run: RunDirectory) -> Check:
@@ -139,25 +149,24 @@ def check_served(run: RunDirectory) -> Check:
     if not run.served.exists():
         check.skipped = "nothing is served yet"
         return check
-    for shard in run.shards:
+    for member in run.members:
+        label = run.member_name(member).replace("-", " ")
         try:
-            check.problems += [
-                f"shard {shard}: {problem}" for problem in _served_problems(run, shard)
-            ]
+            check.problems += [f"{label}: {problem}" for problem in _served_problems(run, member)]
         except RunError as error:
-            check.problems.append(f"shard {shard}: {error}")
+            check.problems.append(f"{label}: {error}")
         check.examined += 1
     return check
 
 
 def _served_problems(run: RunDirectory, shard: int) -> list[str]:
-    directory = run.served / f"shard-{shard}"
+    directory = run.served / run.member_name(shard)
     lineage = read_lineage(directory)
     if lineage is None:
         return ["lineage.json is missing or damaged"]
     wanted, problems, nodes = run.wanted(), [], []
     for entry in lineage["nodes"]:
-        if entry["key"] not in wanted or wanted[entry["key"]].shard != shard:
+        if entry["key"] not in wanted or wanted[entry["key"]].shard not in (shard, CORE.shard):
             return [
                 f"it is served from node {entry['key'][:12]}, which depends on deleted or unknown data"
             ]
