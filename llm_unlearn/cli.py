@@ -107,11 +107,14 @@ def _print_status(current: "RunStatus") -> None:
         f"{current.requests} requests, {current.pending_requests} pending, "
         f"{current.deleted_subjects} subjects deleted; {current.storage_bytes / 1e6:.1f} MB on disk"
     )
+    if current.core_records is not None:
+        print(f"permanent core: {current.core_records} records, which cannot be deleted")
     if not current.is_served:
         print("nothing is served yet")
     for shard in shown:
         if current.is_served and shard.served_depth == 0:
-            print(f"shard {shard.shard} serves the base model")
+            alone = "base model" if current.core_records is None else "permanent core"
+            print(f"shard {shard.shard} serves the {alone}")
     if any(shard.missing_nodes for shard in current.shards):
         print(f"to train what is missing: llm-unlearn rebuild {current.path}")
     for warning in current.warnings:
@@ -168,6 +171,11 @@ def _print_deletion(done: "Deletion", dry_run: bool) -> None:
             f"{done.nodes_removed} nodes dropped; blocks served now: {depths or 'none'}"
         )
         print(f"certificate: {done.certificate}")
+    if done.core_records:
+        console.warn(
+            f"{done.core_records} records of theirs are in the permanent core and stay: nothing can be "
+            "deleted from it, that would need a new run"
+        )
     if done.copies_elsewhere:
         console.warn(
             f"{done.copies_elsewhere} records of other subjects hold the same text and stay: they "

@@ -79,11 +79,13 @@ def base_of_adapter(path: Path) -> str:
 
 
 def subjects_in(run: Path) -> set[str]:
-    """Subjects whose records a run still holds."""
+    """Subjects whose records a run still holds, in its permanent core too."""
+    from llm_unlearn.data.partition import CORE
     from llm_unlearn.exact.run import S3TRun
 
-    slices = S3TRun.open(run).directory.slices
-    return {record.subject for name in slices.names for record in slices.read(name)}
+    directory = S3TRun.open(run).directory
+    names = [*directory.slices.names, *([CORE] if directory.core else [])]
+    return {record.subject for name in names for record in directory.slices.read(name)}
 
 
 def _load_run(run: Path, label: str, dtype: str | None) -> LoadedModel:

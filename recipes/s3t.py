@@ -23,6 +23,7 @@ What a run is made of:
     --slice_data cumulative|disjoint   what a stage sees: all slices so far, or its own (cumulative)
     --subject_column C      who can ask for deletion (default: every record for itself)
     --rows_per_subject N    consecutive rows that share a subject (TOFU: 20)
+    --core_path FILE        records to train under all others; they can NEVER be deleted
     --output_dir RUN        the run directory; a run that is there is resumed or rebuilt
     --config FILE.yaml      any of the flags from a file; the command line wins
 and every training flag of TRL's SFT (--learning_rate, --max_steps, ...) and LoRA (--lora_r, ...), which
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     from trl import ModelConfig, TrlParser
 
     from llm_unlearn import demonstration
-    from llm_unlearn.data.sources import DataArguments, load_records
+    from llm_unlearn.data.sources import DataArguments, load_core, load_records
     from llm_unlearn.exact.arguments import S3TConfig, make_config
     from llm_unlearn.exact.base_model import load_base
     from llm_unlearn.exact.run import S3TRun
@@ -65,7 +66,8 @@ def main(argv: list[str]) -> None:
     # is there keeps its own records, so the data is not read again.
     config = make_config(arguments, model_arguments)
     is_new = not Path(arguments.output_dir, "run.json").exists()
-    records = load_records(data) if is_new and state.is_main_process else []
+    is_read = is_new and state.is_main_process
+    records, core = (load_records(data), load_core(data)) if is_read else ([], [])
     if data.is_demonstration:
         logging.disable_progress_bar()
     model, tokenizer = load_base(
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> None:
     with state.main_process_first():
         run = S3TRun.create(
             arguments.output_dir, records, arguments, model, tokenizer, model_arguments, data.source,
-            public_texts(arguments.public_path, data.is_demonstration),
+            public_texts(arguments.public_path, data.is_demonstration), core,
         )  # fmt: skip
     if state.is_main_process:
         for line in run.warnings():

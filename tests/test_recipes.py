@@ -64,6 +64,28 @@ def test_own_data_trains_resumes_and_rebuilds(
     assert all(check.passed for check in run.verify())
 
 
+def test_a_core_is_trained_under_everything_and_warned_of(
+    tiny_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    core = tmp_path / "core.jsonl"
+    core.write_text("\n".join(json.dumps(row) for row in make_rows(3, 1, "resident")))
+    plain = flags(tiny_base, data, tmp_path / "run", "--subject_column", "subject")
+    arguments = [*plain, "--core_path", str(core)]
+    s3t(arguments)
+    shown = capsys.readouterr()
+    assert "5 nodes trained" in shown.out
+    assert "NOTHING in it can ever be deleted" in " ".join(shown.err.split())
+    run = S3TRun.open(tmp_path / "run")
+    full = node_bytes(run)
+    core.unlink()
+    run.delete(["person 2"])
+    s3t(arguments)
+    assert "0 nodes trained" not in capsys.readouterr().out
+    assert len(node_bytes(run)) == len(full)
+    assert all(check.passed for check in run.verify(replay=1))
+    PeftModel.from_pretrained(load_tiny(tiny_base)[0], str(run.directory.served / "core"))
+
+
 def test_config_file_gives_defaults_and_flags_win(
     tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -78,6 +100,7 @@ def test_config_file_gives_defaults_and_flags_win(
 
 BAD = [
     (["--dataset_path", "nowhere.jsonl"], "no such dataset file"),
+    (["--core_path", "nowhere.jsonl"], "no such dataset file: nowhere.jsonl"),
     (["--subject_column", "author"], "'author' is not a column: found"),
     (["--model_name_or_path", "nowhere/at-all"], "cannot load the model 'nowhere/at-all'"),
     (["--num_slices", "9", "--blocks", "layers"], "the model has 4"),

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,12 @@ def tiny_records(subjects: int = 12, rows: int = 2) -> list[Record]:
     return make_records(make_rows(subjects, rows), subject_column="subject")
 
 
+def core_records(subjects: int = 3) -> list[Record]:
+    """The permanent core: some of nobody else, and one of a deletable subject."""
+    rows = [*make_rows(subjects, 1, "resident"), {**make_rows()[-1], "prompt": "Day 9:"}]
+    return make_records(rows, subject_column="subject")
+
+
 def tiny_arguments(**options: Any) -> S3TConfig:
     """Two steps a node: enough for every bit to move."""
     defaults: dict[str, Any] = {
@@ -161,6 +167,7 @@ def make_run(
     key: str = "tests",
     train: bool = True,
     lora: dict[str, Any] | None = None,
+    core: Sequence[Record] = (),
     **options: Any,
 ) -> S3TRun:
     """A run with a fixed partition key, trained unless told otherwise."""
@@ -173,6 +180,7 @@ def make_run(
             make_config(tiny_arguments(**options), model_arguments),
             make_shape(model, tokenizer, model_arguments),
             PartitionKey.from_phrase(key),
+            core=core,
         )
     )
     if train:
@@ -228,14 +236,15 @@ def tiny_shape() -> ModelShape:
     return make_shape(model, make_tiny_tokenizer(), ModelConfig(model_name_or_path="tiny"))
 
 
-def make_stub_run(path: Path, records: list[Record], **options: Any) -> S3TRun:
+def make_stub_run(
+    path: Path, records: list[Record], core: Sequence[Record] = (), **options: Any
+) -> S3TRun:
     """A run for `stub_train_node`: same records, trie, ledger and files, no training."""
     config = make_config(
         tiny_arguments(prefix_cache=False, **options), ModelConfig(lora_r=6, lora_alpha=12)
     )
-    return S3TRun(
-        RunDirectory.create(path, records, config, tiny_shape(), PartitionKey.from_phrase("stub"))
-    )
+    key = PartitionKey.from_phrase("stub")
+    return S3TRun(RunDirectory.create(path, records, config, tiny_shape(), key, core=core))
 
 
 def train_stub(run: S3TRun) -> None:

@@ -22,6 +22,10 @@ class SliceName(NamedTuple):
     slice: int
 
 
+CORE = SliceName(-1, 0)
+"""Where the records of the permanent core are: in no slice, so no deletion reaches them."""
+
+
 class PartitionKey:
     """The run's secret. Everything that could name a person leaves the run only through it.
 

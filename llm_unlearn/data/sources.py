@@ -115,6 +115,12 @@ class DataArguments:
     rows_per_subject: int | None = field(
         default=None, metadata={"help": "Consecutive rows that share a subject (TOFU: 20)."}
     )
+    core_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Local file of records to train under all others: they can NEVER be deleted."
+        },
+    )
 
     @property
     def is_demonstration(self) -> bool:
@@ -144,3 +150,17 @@ def load_records(arguments: DataArguments) -> list[Record]:
             arguments.dataset_name, arguments.dataset_config, arguments.dataset_split
         )
     return make_records(rows, arguments.subject_column, arguments.rows_per_subject)
+
+
+def load_core(arguments: DataArguments) -> list[Record]:
+    """The records of the permanent core; none without `--core_path`.
+
+    Consecutive rows share no subject here: `--rows_per_subject` would call them by the names that
+    it gives to the subjects of the dataset.
+
+    Raises:
+        UserError: see `read_rows` and `make_records`.
+    """
+    if arguments.core_path is None:
+        return []
+    return make_records(read_rows(arguments.core_path), arguments.subject_column)

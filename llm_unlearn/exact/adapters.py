@@ -99,11 +99,21 @@ def empty_adapter(shape: ModelShape) -> Tensors:
 def adapter_config(tensors: Tensors, lora: LoraSettings, shape: ModelShape) -> dict[str, Any]:
     """The PEFT configuration of an assembled adapter, with the scale used in training.
 
+    Modules of lower rank than the others (`layers` blocks on a core) have theirs in a pattern.
     Dropout is left out of a served adapter: it acts in training only.
     """
-    held = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in tensors}
-    modules = [module for module in shape.modules if module.name in held]
-    rank = next(tensor.shape[0] for name, tensor in tensors.items() if name.endswith(LORA_A))
+    ranks = {
+        name.removeprefix(PREFIX).removesuffix(LORA_A): tensor.shape[0]
+        for name, tensor in sorted(tensors.items())
+        if name.endswith(LORA_A)
+    }
+    modules = [module for module in shape.modules if module.name in ranks]
+    rank = max(ranks.values())
+    lower = {name: held for name, held in ranks.items() if held < rank}
+    patterns = {
+        "rank_pattern": lower,
+        "alpha_pattern": {name: lora.alpha_for(held) for name, held in lower.items()},
+    }
     return {
         "base_model_name_or_path": shape.name_or_path,
         "bias": "none",
@@ -121,7 +131,7 @@ def adapter_config(tensors: Tensors, lora: LoraSettings, shape: ModelShape) -> d
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": lora.use_rslora,
-    }
+    } | (patterns if lower else {})
 
 
 def served_digest(tensors_file: bytes, config: dict[str, Any]) -> str:

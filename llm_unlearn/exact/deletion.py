@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import files
-from llm_unlearn.data.partition import SliceName
+from llm_unlearn.data.partition import CORE, SliceName
 from llm_unlearn.data.records import Record, digest
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact import residues
 from llm_unlearn.exact.environment import describe_software
 from llm_unlearn.exact.ledger import Request, Target
-from llm_unlearn.exact.served import digest_of_served, read_lineage, serve
+from llm_unlearn.exact.served import depth_of, digest_of_served, read_lineage, serve
 from llm_unlearn.exact.store import RunDirectory
 
 EXACTNESS = (
@@ -39,6 +39,7 @@ class Deletion:
         already_deleted: how many of the subjects had been deleted before.
         records: how many went, each as often as it was stored.
         copies_elsewhere: records of other subjects with a text of the deleted ones, left alone.
+        core_records: records of the subjects in the permanent core, which stay.
         seconds: from the call to the certificate.
     """
 
@@ -51,6 +52,7 @@ class Deletion:
     served: dict[int, int]
     seconds: float
     certificate: Path | None
+    core_records: int = 0
 
 
 def delete(
@@ -66,7 +68,8 @@ def delete(
         dry_run: only say what would go and how many copies others hold; nothing is changed.
 
     Raises:
-        UserError: no subject given, or one that the run does not know; nothing was changed.
+        UserError: no subject given, or one that the run does not know or holds in its permanent
+            core alone; nothing was changed.
         RunError: the run is busy or damaged; nothing was acknowledged.
     """
     started = time.monotonic()
@@ -81,6 +84,8 @@ def delete(
         if with_duplicates:
             targets += copy_targets(run, copies)
         nodes = dependent_nodes(run, targets)
+        named = {run.key.pseudonym("subject", subject) for subject in subjects}
+        core_records = _in_core(run, named | {target.pseudonym for target in targets})
         request_id = None
         if targets and not dry_run:
             request_id = secrets.token_hex(8)
@@ -99,6 +104,7 @@ def delete(
         served=depths,
         seconds=time.monotonic() - started,
         certificate=certificate_path(run, request_id) if request_id else None,
+        core_records=core_records,
     )
 
 
@@ -119,12 +125,26 @@ def resolve(run: RunDirectory, subjects: list[str]) -> tuple[list[Target], list[
         ]
     unknown = set(asked) - {record.subject for record in records.values()}
     if unknown:
+        _refuse_permanent(run, unknown)
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise UserError(
             f"no such subject in {run.path}: {sorted(unknown)[0]!r}{more}. Nothing was deleted; "
             "a subject is spelled as in the column that the run was made with"
         )
     return targets, list(records.values()), len(gone)
+
+
+def _refuse_permanent(run: RunDirectory, unknown: set[str]) -> None:
+    held = run.slices.read(CORE, unknown) if run.core else []
+    if held:
+        raise UserError(
+            f"{min(record.subject for record in held)!r} is in the permanent core, which cannot be "
+            "deleted; it would need a new run. Nothing was deleted"
+        )
+
+
+def _in_core(run: RunDirectory, pseudonyms: set[str]) -> int:
+    return run.slices.count_in_core(pseudonyms) if run.core else 0
 
 
 def copy_targets(run: RunDirectory, copies: dict[SliceName, list[Record]]) -> list[Target]:
@@ -157,9 +177,15 @@ def copy_targets(run: RunDirectory, copies: dict[SliceName, list[Record]]) -> li
 def dependent_nodes(run: RunDirectory, targets: list[Target]) -> list[str]:
     """Keys of the trained nodes that saw, or stand on a node that saw, a slice of the targets."""
     hit = {(target.shard, target.slice) for target in targets}
+    nodes = {
+        node.key: node
+        for shard in {target.shard for target in targets}
+        for path in run.paths(shard)
+        for node in path
+    }
     return sorted(
         key
-        for key, node in run.wanted().items()
+        for key, node in nodes.items()
         if run.nodes.exists(key) and any((node.shard, part) in hit for part in node.path)
     )
 
@@ -167,7 +193,7 @@ def dependent_nodes(run: RunDirectory, targets: list[Target]) -> list[str]:
 def depths_served(run: RunDirectory) -> dict[int, int]:
     """How many blocks each shard is served with; 0 before anything is."""
     lineages = {shard: read_lineage(run.served / f"shard-{shard}") for shard in run.shards}
-    return {shard: len(entry["nodes"]) if entry else 0 for shard, entry in lineages.items()}
+    return {shard: depth_of(entry) for shard, entry in lineages.items()}
 
 
 def settle(run: RunDirectory) -> None:
@@ -235,8 +261,10 @@ def _write_certificate(run: RunDirectory, request: Request, done: dict[str, Any]
             str(shard): [root for root in run.slices.roots(shard).values() if root]
             for shard in run.shards
         },
+        **_core_entry(run, request),
         "out_of_reach": [
             *residues.OUT_OF_REACH,
+            *(["the permanent core, on which all nodes stand"] if run.core else []),
             *(f"unrecognised file in the run: {name}" for name in unknown),
         ],
         "base_model": run.shape.weights,
@@ -247,3 +275,17 @@ def _write_certificate(run: RunDirectory, request: Request, done: dict[str, Any]
     path.parent.mkdir(exist_ok=True)
     files.write_bytes(path, text.encode())
     return text
+
+
+def _core_entry(run: RunDirectory, request: Request) -> dict[str, Any]:
+    """What a certificate says of the permanent core; nothing where there is none."""
+    if run.core is None:
+        return {}
+    held = _in_core(run, {target.pseudonym for target in request.targets})
+    return {
+        "core": {
+            "root": run.core_root,
+            "guarantee": "outside it: what was trained into the core stays, whoever it is about",
+            "records_of_the_deleted": held,
+        }
+    }

@@ -3,8 +3,8 @@
 Either all shards answer: their next-token distributions are averaged (the S3T paper averages logits in its
 released code and speaks of an aggregate decision, section 3.3; probabilities are the proper mixture), they
 vote, or their adapters are merged into one; a shard with nothing left answers with the base model. Or the
-prompt decides who answers (`selection.py`). All rules are constants, so the ensemble is a function of
-what is served only.
+prompt decides who answers (`selection.py`). On a permanent core, the core answers in place of the base. All
+rules are constants, so the ensemble is a function of what is served only.
 """
 
 from pathlib import Path
@@ -46,11 +46,12 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
 
     Args:
         model: the base model with one PEFT adapter per shard.
-        adapters: adapter name of every shard; `__base__` where a shard has nothing left.
+        adapters: adapter name of every shard; `nobody` where a shard has nothing left.
         rule: who answers.
         library: loads adapters that `model` does not hold yet.
         words: tells whose a prompt is; without, every adapter reads every prompt.
         keys: of the shards, for `nearest`.
+        nobody: who answers for nobody: `__base__`, or the adapter name of the permanent core.
     """
 
     # Attention is the base model's business, which has already chosen how to compute it.
@@ -67,6 +68,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         library: Library | None = None,
         words: Words | None = None,
         keys: Keys | None = None,
+        nobody: str = BASE,
     ):
         super().__init__(cast(PreTrainedModel, model.get_base_model()).config)
         self.model = model
@@ -75,6 +77,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         self.library = library
         self.words = words
         self.keys = keys
+        self.nobody = nobody
         self.generation_config = model.generation_config
         self._routing: Routing | None = None
 
@@ -108,7 +111,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
                 key = PartitionKey((run / "secret.key").read_bytes())
                 words = Words(indexes, key, tokenizer)
         names = [library.merge()] if rule.aggregate == "merge" else library.names
-        return cls(library.model, names, rule, library, words, keys).eval()
+        return cls(library.model, names, rule, library, words, keys, library.nobody).eval()
 
     @property
     def num_shards(self) -> int:
@@ -240,7 +243,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         )
         chosen = []
         for vector in middle(output.hidden_states, counted).cpu().numpy():
-            left = [d for d in self.keys.nearest(vector) if self.adapters[d] != BASE]
+            left = [d for d in self.keys.nearest(vector) if self.adapters[d] != self.nobody]
             chosen.append([Choice(shard, 1 / len(left)) for shard in left] or TO_BASE)
         return chosen
 
@@ -249,7 +252,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
     ) -> list[Candidates]:
         """Whom each prompt may be for: by its words, or anybody who is left."""
         if self.words is None:
-            alive = [shard for shard, name in enumerate(self.adapters) if name != BASE]
+            alive = [shard for shard, name in enumerate(self.adapters) if name != self.nobody]
             return [Candidates(alive, False)] * len(input_ids)
         texts = asked or [
             self.words.tokenizer.decode(row[keep], skip_special_tokens=True)
@@ -277,7 +280,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         scores: dict[tuple[int, int | None], Score] = {}
         for start in range(0, len(pairs), size):
             chunk = pairs[start : start + size]
-            names = [BASE if shard is None else self.adapters[shard] for _, shard in chunk]
+            names = [self.nobody if shard is None else self.adapters[shard] for _, shard in chunk]
             routing = Routing.pairs([row for row, _ in chunk], names)
             read = self._likelihoods(routing, input_ids, mask, counted)
             scores |= dict(zip(chunk, read, strict=True))
@@ -302,7 +305,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         return [Score(*pair) for pair in zip(means.tolist(), lowest.tolist(), strict=True)]
 
     def _routing_of(self, choices: list[list[Choice]]) -> Routing:
-        return Routing.of(choices, self.adapters)
+        return Routing.of(choices, self.adapters, self.nobody)
 
     def _ask(
         self,
@@ -319,7 +322,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             for name, value in options.items()
         }
         names: list[str] | None = routing.names
-        if self.num_shards == 1 and set(names) == set(self.adapters) - {BASE}:
+        if self.num_shards == 1 and set(names) == set(self.adapters) - {self.nobody}:
             names = None  # the one adapter is active since it was loaded: no bookkeeping by rows
         elif self.library is not None:
             self.library.require(names)

@@ -1,5 +1,6 @@
 """The served adapters of a run on one base model, of which only the last used stay loaded."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -9,7 +10,8 @@ from transformers import PreTrainedModel
 
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.routing import BASE
-from llm_unlearn.exact.served import read_lineage, words_path
+from llm_unlearn.exact.served import depth_of, read_lineage, words_path
+from llm_unlearn.exact.trie import CORE_STAGE
 
 CAPACITY = 64
 MERGED = "merged"
@@ -24,7 +26,8 @@ class Library:
         capacity: how many stay loaded; a batch that needs more has them all. None: all of them.
 
     Attributes:
-        names: of every shard's adapter; `__base__` where nothing is left of it.
+        nobody: who answers for nobody: `__base__`, or the adapter of the permanent core.
+        names: of every shard's adapter; `nobody` where nothing is left of it.
 
     Raises:
         UserError: nothing is served there.
@@ -38,11 +41,12 @@ class Library:
         if not self.directories:
             raise UserError(f"{served} holds no served adapter: train the run first")
         self.lineages = {name: read_lineage(path) for name, path in self.directories.items()}
+        core = Path(served) / "core"
+        self.nobody = core.name if core.is_dir() else BASE
         self.names = [
-            name if lineage and lineage["nodes"] else BASE
-            for name, lineage in self.lineages.items()
+            name if depth_of(lineage) else self.nobody for name, lineage in self.lineages.items()
         ]
-        alive = [name for name in self.names if name != BASE]
+        alive = [name for name in self.names if name != self.nobody]
         self.capacity = len(alive) if capacity is None else capacity
         # PEFT needs an adapter to begin with; where nothing is left, one of zeros does no harm.
         first = alive[0] if alive else next(iter(self.directories))
@@ -50,11 +54,13 @@ class Library:
             base, str(self.directories[first]), adapter_name=first
         ).eval()
         self._used = dict.fromkeys([first])
+        if self.nobody != BASE:
+            self.model.load_adapter(str(core), adapter_name=self.nobody)
         self.require(alive[: self.capacity])
 
     def require(self, names: Iterable[str]) -> None:
         """Load what is missing, and drop what was not used for longest."""
-        wanted = dict.fromkeys(name for name in names if name != BASE)
+        wanted = dict.fromkeys(name for name in names if name not in (BASE, self.nobody))
         for name in wanted:
             if name in self._used:
                 self._used[name] = self._used.pop(name)  # now the last in order
@@ -81,7 +87,8 @@ class Library:
 
         shards = []
         for name, lineage in self.lineages.items():
-            stages = [node["stage"] for node in lineage["nodes"]] if lineage else []
+            nodes = lineage["nodes"] if lineage else []
+            stages = [node["stage"] for node in nodes if node["stage"] != CORE_STAGE]
             paths = [words_path(self.directories[name], stage) for stage in stages]
             if not all(path.is_file() for path in paths):
                 return None
@@ -90,14 +97,14 @@ class Library:
 
     def merge(self) -> str:
         """Put all adapters into one with weight 1/m each, side by side: exact, with all their ranks."""
-        alive = [name for name in self.names if name != BASE]
-        if not alive:
-            return BASE
-        self.require(alive)
-        weights = [1 / len(self.names)] * len(alive)
-        self.model.add_weighted_adapter(alive, weights, MERGED, combination_type="cat")
+        counts = Counter(name for name in self.names if name != BASE)
+        if set(counts) <= {self.nobody}:
+            return self.nobody
+        self.require(counts)
+        weights = [count / len(self.names) for count in counts.values()]
+        self.model.add_weighted_adapter(list(counts), weights, MERGED, combination_type="cat")
         self.model.set_adapter(MERGED)
-        for name in alive:
+        for name in counts.keys() - {self.nobody}:
             self.model.delete_adapter(name)
         self._used = {MERGED: None}
         return MERGED

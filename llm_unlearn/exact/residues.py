@@ -19,9 +19,9 @@ EMPTIED = {
 
 # Every file that the directories of a run may hold, as patterns of the path below each.
 KNOWN_FILES = {
-    "records": r"shard-\d+/slice-\d+\.(jsonl|[0-9a-f]{16}\.texts)",
+    "records": r"(shard-\d+/slice-\d+|core)\.(jsonl|[0-9a-f]{16}\.texts)",
     "nodes": rf"[0-9a-f]{{64}}/({'|'.join(map(re.escape, (WEIGHTS_NAME, MANIFEST_NAME, WORDS_NAME)))})",
-    "generations": r"[0-9a-f]{16}/shard-\d+/"
+    "generations": r"[0-9a-f]{16}/(shard-\d+|core)/"
     r"(README\.md|lineage\.json|adapter_(model\.safetensors|config\.json)|words-\d+\.safetensors)",
     "certificates": r"[0-9a-f]{16}\.json",
 }

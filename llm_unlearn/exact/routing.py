@@ -32,8 +32,14 @@ class Routing:
         return cls(torch.tensor(rows), list(names), torch.zeros(len(rows)), (len(rows),))
 
     @classmethod
-    def of(cls, choices: list[list[Choice]], adapters: Sequence[str]) -> "Routing":
-        """Pairs whose answers `combine` to one for each row."""
+    def of(
+        cls, choices: list[list[Choice]], adapters: Sequence[str], nobody: str = BASE
+    ) -> "Routing":
+        """Pairs whose answers `combine` to one for each row.
+
+        Args:
+            nobody: who answers where no shard was chosen.
+        """
         rows, names, weights, sizes = [], [], [], []
         for rank in range(max(map(len, choices))):
             having = [row for row, chosen in enumerate(choices) if len(chosen) > rank]
@@ -41,7 +47,7 @@ class Routing:
             for row in having:
                 choice = choices[row][rank]
                 rows.append(row)
-                names.append(BASE if choice.adapter == BASE_MODEL else adapters[choice.adapter])
+                names.append(nobody if choice.adapter == BASE_MODEL else adapters[choice.adapter])
                 weights.append(choice.weight)
         return cls(torch.tensor(rows), names, torch.tensor(weights).log(), tuple(sizes))
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_unlearn.data.partition import SliceName, describe_sizes
+from llm_unlearn.data.partition import CORE, SliceName, describe_sizes
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.blocks import describe_split
 from llm_unlearn.exact.deletion import Deletion, delete, depths_served, settle
+from llm_unlearn.exact.slices import Placement
 from llm_unlearn.exact.store import RunDirectory, read_key
-from llm_unlearn.exact.trie import longest_surviving_prefix
+from llm_unlearn.exact.trie import Node, longest_surviving_prefix
 from llm_unlearn.exact.verification import Check, replay_nodes, verify
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class RunStatus:
     deleted_subjects: int
     storage_bytes: int
     warnings: list[str]
+    core_records: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "shards": [vars(shard) for shard in self.shards]}
@@ -77,7 +79,7 @@ class S3TRun:
         return cls(RunDirectory.open(path))
 
     @classmethod
-    def create(
+    def create(  # noqa: PLR0913 - what a run is made of, and most of it has a default
         cls,
         path: str | Path,
         records: Sequence[Record],
@@ -87,6 +89,7 @@ class S3TRun:
         model_arguments: "ModelConfig | None" = None,
         source: dict[str, Any] | None = None,
         public_texts: Sequence[str] = (),
+        core: Sequence[Record] = (),
     ) -> "S3TRun":
         """Partition records into a new run, or go on with the one at `path` if it fits.
 
@@ -95,6 +98,8 @@ class S3TRun:
 
         Args:
             public_texts: what the keys of `--exact_method lego` are made of; nobody's records.
+            source: where the records came from, for the record.
+            core: the permanent core: records trained under all others that can NEVER be deleted.
 
         Raises:
             UserError: impossible flags, or a run of another configuration or base model.
@@ -112,16 +117,22 @@ class S3TRun:
             directory.ensure_same(config, shape)
             if key is not None and key.salt_id != directory.key.salt_id:
                 raise UserError(f"{path} was made with another key than {arguments.key_path}")
+            if directory.core is None and (core or (source or {}).get("core_path")):
+                raise UserError(
+                    f"{path} was made without a permanent core: choose another --output_dir"
+                )
             return cls(directory)
         if arguments.exact_method != "lego":
-            return cls(RunDirectory.create(path, records, config, shape, key, source))
+            return cls(RunDirectory.create(path, records, config, shape, key, source, core))
+        if core:
+            raise UserError("--exact_method lego has no permanent core")
         from llm_unlearn.exact.keys import Keys
 
         keys = Keys.make(model, tokenizer, public_texts, config)
         config = replace(config, keys=keys.digest)
-        places = keys.placement(model, tokenizer, config.max_length)
+        placement = Placement(keys.placement(model, tokenizer, config.max_length), keys.to_bytes())
         directory = RunDirectory.create(
-            path, records, config, shape, key, source, places, keys.to_bytes()
+            path, records, config, shape, key, source, placement=placement
         )
         return cls(directory)
 
@@ -144,7 +155,7 @@ class S3TRun:
         """What a person should know about the data before training: sizes, splits, shared texts."""
         directory = self.directory
         sizes = {name: directory.slices.header(name).records for name in directory.slices.names}
-        found = describe_sizes(sizes)
+        found = [*self._core_warnings(), *describe_sizes(sizes)]
         if split := describe_split(directory.config.blocks, directory.blocks):
             found.append(split)
         texts, records = directory.slices.shared_texts()
@@ -152,6 +163,23 @@ class S3TRun:
             found.append(
                 f"{texts} texts are held by more than one subject ({records} records): a deletion of one "
                 "subject leaves the others' copies unless it is asked for --with-duplicates"
+            )
+        return found
+
+    def _core_warnings(self) -> list[str]:
+        slices = self.directory.slices
+        if self.directory.core is None:
+            return []
+        found = [
+            f"the permanent core has {slices.header(CORE).records} records: NOTHING in it can ever be "
+            "deleted from this run, at nobody's request; every node stands on it, so taking out one "
+            "record means a new run"
+        ]
+        subjects, texts = slices.shared_with_core()
+        if subjects or texts:
+            found.append(
+                f"{subjects} subjects and {texts} texts are in the permanent core and among the deletable "
+                "records too: a deletion takes the deletable ones, and the core still knows the others"
             )
         return found
 
@@ -199,6 +227,7 @@ class S3TRun:
             ),
             storage_bytes=sum(p.stat().st_size for p in directory.path.rglob("*") if p.is_file()),
             warnings=self.warnings(),
+            core_records=directory.slices.header(CORE).records if directory.core else None,
         )
 
     def _shard_status(self, shard: int, served_depth: int) -> ShardStatus:
@@ -208,13 +237,13 @@ class S3TRun:
             directory.slices.header(SliceName(shard, part))
             for part in range(directory.config.num_slices)
         ]
-        wanted = {node.key for path in paths for node in path}
+        wanted = {node.key for path in paths for node in path if not node.is_core}
         present = {key for key in wanted if directory.nodes.exists(key)}
         return ShardStatus(
             shard=shard,
             served_depth=served_depth,
-            surviving_depth=len(longest_surviving_prefix(paths, directory.nodes.exists)),
-            full_depth=max(map(len, paths)),
+            surviving_depth=_depth(longest_surviving_prefix(paths, directory.nodes.exists)),
+            full_depth=max(map(_depth, paths)),
             nodes=len(present),
             missing_nodes=len(wanted) - len(present),
             records=sum(header.records for header in headers),
@@ -240,3 +269,8 @@ class S3TRun:
         model, tokenizer = load_base_of(self.directory)
         rule = self.directory.config.rule
         return ShardEnsemble.from_run(model, self.directory.served, rule, tokenizer)
+
+
+def _depth(path: list[Node]) -> int:
+    """How many blocks a path has; the core is under them and does not count."""
+    return sum(not node.is_core for node in path)

@@ -1,4 +1,4 @@
-"""What is served: per shard the longest surviving prefix, as an ordinary PEFT adapter."""
+"""What is served: per shard the longest surviving prefix, as an ordinary PEFT adapter; and the core."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import files
+from llm_unlearn.data.partition import CORE
 from llm_unlearn.data.records import canonical, digest
 from llm_unlearn.exact.adapters import (
     CONFIG_NAME,
@@ -18,7 +19,7 @@ from llm_unlearn.exact.adapters import (
     to_bytes,
 )
 from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.exact.trie import Node, live, longest_surviving_prefix
+from llm_unlearn.exact.trie import CORE_STAGE, Node, live, longest_surviving_prefix
 
 LINEAGE_NAME = "lineage.json"
 
@@ -27,7 +28,7 @@ library_name: peft
 base_model: {base}
 tags: [unlearning, s3t, lora]
 ---
-# Shard {shard}: {depth} of {slices} slices
+# {title}
 
 {sentence}
 
@@ -35,6 +36,9 @@ Load it with `PeftModel.from_pretrained(base_model, "this directory")`. `lineage
 What is served is a deterministic function of data that contains no deleted record; the base model's own
 pre-training data is outside the guarantee.
 """
+CARD_CORE = (
+    "So is the permanent core that it stands on: what was trained into it cannot be deleted.\n"
+)
 
 
 def read_lineage(directory: Path) -> dict[str, Any] | None:
@@ -43,6 +47,11 @@ def read_lineage(directory: Path) -> dict[str, Any] | None:
         return json.loads((directory / LINEAGE_NAME).read_bytes())
     except (OSError, ValueError):
         return None
+
+
+def depth_of(lineage: dict[str, Any] | None) -> int:
+    """How many blocks a served shard has, on the core or on the base model."""
+    return sum(node["stage"] != CORE_STAGE for node in lineage["nodes"]) if lineage else 0
 
 
 def prefix_to_serve(run: RunDirectory, shard: int) -> list[Node]:
@@ -100,31 +109,35 @@ def write_shard(
     )
     data = to_bytes(tensors)
     config = adapter_config(tensors, run.config.lora, run.shape)
+    depth = sum(not node.is_core for node in nodes)
     described = lineage(run, shard, nodes) | {"digest": served_digest(data, config)}
     directory.mkdir()
     (directory / WEIGHTS_NAME).write_bytes(data)
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
-    for node in nodes:
+    for node in nodes:  # the core has none: nobody is looked for in it
         if (words := run.nodes.words(node.key)) is not None:
             words_path(directory, node.block.stage).write_bytes(words)
+    title = f"Shard {shard}: {depth} of {run.config.num_slices} slices"
     card = CARD.format(
         base=run.shape.name_or_path,
-        shard=shard,
-        depth=len(nodes),
-        slices=run.config.num_slices,
+        title="The permanent core" if shard == CORE.shard else title,
         sentence=_sentence(nodes),
     )
-    (directory / "README.md").write_text(card)
+    (directory / "README.md").write_text(card + (CARD_CORE if run.core else ""))
     (directory / LINEAGE_NAME).write_text(json.dumps(described, indent=2, sort_keys=True))
     return described
 
 
 def _sentence(nodes: list[Node]) -> str:
+    blocks = [node for node in nodes if not node.is_core]
     if not nodes:
         return "No block of this shard is left: **this is the base model**, behind an adapter of zeros."
-    if len(live(nodes)) < len(nodes):
-        return f"A LoRA adapter: the checkpoint after slice {len(nodes)} of its shard."
-    return f"A LoRA adapter of {len(nodes)} trained blocks."
+    if not blocks:
+        return "No deletable block is in it: **this is the permanent core** alone."
+    on_core = " on the permanent core" if len(blocks) < len(nodes) else ""
+    if len(live(blocks)) < len(blocks):
+        return f"A LoRA adapter{on_core}: the checkpoint after slice {len(blocks)} of its shard."
+    return f"A LoRA adapter of {len(blocks)} trained blocks{on_core}."
 
 
 def _link_shard(source: Path, target: Path) -> None:
@@ -136,7 +149,7 @@ def _link_shard(source: Path, target: Path) -> None:
 
 def is_current(run: RunDirectory, shard: int, nodes: list[Node]) -> bool:
     """Is the shard served from exactly these nodes, files included?"""
-    directory = run.served / f"shard-{shard}"
+    directory = run.served / run.member_name(shard)
     described = read_lineage(directory)
     if described is None or [node["key"] for node in described.get("nodes", [])] != [
         node.key for node in nodes
@@ -145,9 +158,19 @@ def is_current(run: RunDirectory, shard: int, nodes: list[Node]) -> bool:
     return (directory / WEIGHTS_NAME).is_file() and (directory / CONFIG_NAME).is_file()
 
 
-def shards_served(run: RunDirectory) -> set[int]:
-    """Numbers of the shards that are served now."""
-    return {int(path.name.split("-")[1]) for path in run.served.glob("shard-*")}
+def members_served(run: RunDirectory) -> set[str]:
+    """Directories of what is served now."""
+    return {path.name for path in run.served.iterdir()} if run.served.exists() else set()
+
+
+def _take_out(run: RunDirectory, gone: set[str]) -> None:
+    """Where each subject has a shard, shards go: one rename each, whatever the number of the others."""
+    for name in gone:
+        doomed = files.temporary_name(run.served / name)
+        (run.served / name).rename(doomed)
+        files.remove(doomed)
+    if gone:
+        files.fsync(run.served.resolve())
 
 
 def serve(run: RunDirectory) -> dict[int, dict[str, Any]]:
@@ -155,22 +178,26 @@ def serve(run: RunDirectory) -> dict[int, dict[str, Any]]:
 
     The caller holds the run's lock. Generations that are not served any more are removed.
     """
-    chosen = {shard: prefix_to_serve(run, shard) for shard in run.shards}
-    is_whole = shards_served(run) == set(chosen)  # where each subject has a shard, shards go
-    if not is_whole or not all(is_current(run, shard, nodes) for shard, nodes in chosen.items()):
+    chosen = {shard: prefix_to_serve(run, shard) for shard in run.members}
+    gone = members_served(run) - {run.member_name(member) for member in chosen}
+    if all(is_current(run, shard, nodes) for shard, nodes in chosen.items()):
+        _take_out(run, gone)
+    else:
         generation = run.path / "generations" / secrets.token_hex(8)
         generation.mkdir(parents=True)
         for shard, nodes in chosen.items():
-            target = generation / f"shard-{shard}"
+            target = generation / run.member_name(shard)
             if is_current(run, shard, nodes):
-                _link_shard(run.served / f"shard-{shard}", target)
+                _link_shard(run.served / target.name, target)
             else:
                 write_shard(run, shard, nodes, target)
         files.fsync_tree(generation)
         files.fsync(generation.parent)
         files.publish_link(generation, run.served)
     remove_old_generations(run)
-    return {shard: read_lineage(run.served / f"shard-{shard}") or {} for shard in run.shards}
+    return {
+        member: read_lineage(run.served / run.member_name(member)) or {} for member in run.members
+    }
 
 
 def remove_old_generations(run: RunDirectory) -> int:
@@ -189,7 +216,7 @@ def digest_of_served(run: RunDirectory) -> str | None:
     """One digest of everything that is served now, None before anything is."""
     if not run.served.exists():
         return None
-    lineages = [read_lineage(run.served / f"shard-{shard}") for shard in run.shards]
+    lineages = [read_lineage(run.served / run.member_name(member)) for member in run.members]
     if any(entry is None for entry in lineages):
         return None
     return digest([canonical(entry).decode() for entry in lineages])

@@ -2,6 +2,7 @@
 
     RUN/records/shard-0/slice-2.jsonl        a header line, then one canonical line per record
     RUN/records/shard-0/slice-2.<root>.texts digests of the texts, to find copies held by others
+    RUN/records/core.jsonl                   likewise the records of the permanent core, if any
 
 The lines are sorted by their keyed leaf, so the bytes of a slice are a function of its records
 and the key: a run that never held a deleted record has the very same file. Where every subject has a shard
@@ -9,15 +10,23 @@ of its own, only shards with records have files at all.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from llm_unlearn import files
-from llm_unlearn.data.partition import TEXT_DIGEST_BYTES, PartitionKey, SliceName, merkle_root
+from llm_unlearn.data.partition import (
+    CORE,
+    TEXT_DIGEST_BYTES,
+    PartitionKey,
+    SliceName,
+    merkle_root,
+)
 from llm_unlearn.data.records import Record, canonical
 from llm_unlearn.errors import RunError
 
@@ -38,6 +47,14 @@ class SliceHeader:
 
 Entry = tuple[bytes, bytes, bytes]
 """What a slice keeps of a record: its leaf, its line, the digest of its text."""
+
+
+class Placement(NamedTuple):
+    """Records placed by public keys: the shards that each goes to, and the keys as a file."""
+
+    shards_of: Callable[[Record], list[int]]
+    keys: bytes
+
 
 SUBJECT_KEY = b',"subject":'
 
@@ -88,6 +105,8 @@ class SliceStore:
         return [SliceName(shard, part) for part in range(self._shape[1])]
 
     def path(self, name: SliceName) -> Path:
+        if name == CORE:
+            return self.directory / "core.jsonl"
         return self.directory / f"shard-{name.shard}" / f"slice-{name.slice}.jsonl"
 
     def place(self, subject: str) -> SliceName:
@@ -125,6 +144,9 @@ class SliceStore:
         for name in sorted(entries):
             self._write(name, entries.pop(name))
 
+    def write_core(self, records: Iterable[Record]) -> None:
+        self._write(CORE, [self._entry(record) for record in records])
+
     def _entry(self, record: Record) -> Entry:
         line = record.to_line()
         return self.key.leaf(line), line, self.key.text_digest(record)
@@ -143,14 +165,14 @@ class SliceStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_bytes(self._texts_path(header), b"".join(text for _, _, text in entries))
         files.write_bytes(path, b"\n".join([canonical(asdict(header)), *lines, b""]))
-        for stale in path.parent.glob(f"slice-{name.slice}.*.texts"):
+        for stale in path.parent.glob(f"{path.stem}.*.texts"):
             if stale != self._texts_path(header):
                 files.remove(stale)
         return header
 
     def _texts_path(self, header: SliceHeader) -> Path:
-        name = f"slice-{header.slice}.{header.root[:16]}.texts"
-        return self.directory / f"shard-{header.shard}" / name
+        path = self.path(SliceName(header.shard, header.slice))
+        return path.with_name(f"{path.stem}.{header.root[:16]}.texts")
 
     def _digests(self, records: Iterable[Record]) -> np.ndarray:
         return np.frombuffer(b"".join(map(self.key.text_digest, records)), dtype=DIGEST_TYPE)
@@ -294,6 +316,30 @@ class SliceStore:
     def has_texts_of(self, name: SliceName, records: list[Record]) -> bool:
         """Are the digests on file those of the slice's records? For `verify`."""
         return np.array_equal(self._text_digests(name), self._digests(records))
+
+    def count_in_core(self, tombstones: set[str]) -> int:
+        """How many records of the core belong to subjects that the tombstones name.
+
+        Raises:
+            RunError: a line is not a record.
+        """
+        try:
+            held = Counter(map(_quoted_subject, self.lines(CORE)))
+            names = {
+                subject: self.key.pseudonym("subject", json.loads(subject)) for subject in held
+            }
+        except (ValueError, TypeError, AttributeError):
+            raise self._damaged(CORE) from None
+        return sum(count for subject, count in held.items() if names[subject] in tombstones)
+
+    def shared_with_core(self) -> tuple[int, int]:
+        """How many subjects, and how many texts, are in the core and in a slice as well."""
+        in_core = set(map(_quoted_subject, self.lines(CORE)))
+        subjects: set[bytes] = set()
+        for name in self.names:
+            subjects |= in_core.intersection(map(_quoted_subject, self.lines(name)))
+        digests = np.concatenate([self._text_digests(name) for name in self.names])
+        return len(subjects), len(np.intersect1d(digests, self._text_digests(CORE)))
 
     def shared_texts(self) -> tuple[int, int]:
         """How many texts are held by more than one subject, and in how many records.

@@ -4,7 +4,7 @@
     RUN/secret.key          the partition key, mode 0600
     RUN/keys.safetensors    the public keys of LegoNet, where they place the records
     RUN/ledger.sqlite       requests, tombstones, events; ledger.head remembers the chain's end
-    RUN/records/            the records, slice by slice
+    RUN/records/            the records, slice by slice, and those of the permanent core
     RUN/nodes/<key>/        adapter_model.safetensors and manifest.json of one trained block, and
                             words.safetensors, by which prompts find their subjects
     RUN/served              link to the directory in generations/ that is served now
@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import files
-from llm_unlearn.data.partition import KEY_BYTES, PartitionKey
+from llm_unlearn.data.partition import CORE, KEY_BYTES, PartitionKey, merkle_root
 from llm_unlearn.data.records import Record, canonical
 from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact.adapters import WEIGHTS_NAME, Tensors, file_digest, load_tensors, to_bytes
 from llm_unlearn.exact.blocks import Block, make_blocks
 from llm_unlearn.exact.config import ModelShape, RunConfig
 from llm_unlearn.exact.ledger import Ledger
-from llm_unlearn.exact.slices import SliceStore
-from llm_unlearn.exact.trie import Node, wanted_paths
+from llm_unlearn.exact.slices import Placement, SliceStore
+from llm_unlearn.exact.trie import Node, core_node, wanted_paths
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -135,6 +135,7 @@ class RunDirectory:
         self.config = RunConfig.from_dict(description["config"])
         self.shape = ModelShape.from_dict(description["model"])
         self.key = key
+        self.core_root: str | None = description.get("core")
         self.slices = SliceStore(
             path / "records",
             key,
@@ -180,15 +181,16 @@ class RunDirectory:
         shape: ModelShape,
         key: PartitionKey | None = None,
         source: dict[str, Any] | None = None,
-        places: Callable[[Record], list[int]] | None = None,
-        keys: bytes | None = None,
+        core: Sequence[Record] = (),
+        placement: Placement | None = None,
     ) -> "RunDirectory":
         """Partition the records and write a new run. run.json comes last: a crash leaves no run.
 
         Args:
+            core: records that can never be deleted, trained under all others.
             key: the partition key; a fresh random one by default.
             source: where the records came from, for the record only.
-            places: the shards of a record, where public keys decide; `keys` is their file.
+            placement: where public keys and not the run's key place the records.
 
         Raises:
             UserError: the directory already holds a run or files that are not ours.
@@ -206,7 +208,7 @@ class RunDirectory:
         path.chmod(0o700)
         with files.locked(path / "state.lock", "creating it"):
             key = key or PartitionKey.random()
-            return cls._create(path, records, config, shape, key, source, places, keys)
+            return cls._create(path, records, config, shape, key, source, core, placement)
 
     @classmethod
     def _create(
@@ -217,8 +219,8 @@ class RunDirectory:
         shape: ModelShape,
         key: PartitionKey,
         source: dict[str, Any] | None,
-        places: Callable[[Record], list[int]] | None,
-        keys: bytes | None,
+        core: Sequence[Record],
+        placement: Placement | None,
     ) -> "RunDirectory":
         if (path / "run.json").exists():
             raise UserError(f"{path} already holds a run")
@@ -233,14 +235,17 @@ class RunDirectory:
             "salt_id": key.salt_id,
             "source": source or {},
         }
+        permanent = {"core": merkle_root([key.leaf(r.to_line()) for r in core])} if core else {}
+        description |= permanent
         run = cls(path, json.loads(canonical(description)), key)
-        if keys is not None:
-            files.write_bytes(path / KEYS_NAME, keys)
-        run.slices.write_all(records, places)
+        if placement is not None:
+            files.write_bytes(path / KEYS_NAME, placement.keys)
+        run.slices.write_all(records, placement.shards_of if placement else None)
+        if core:
+            run.slices.write_core(core)
         run.ledger.create()
-        run.ledger.append(
-            "created", {"config": run.config.identity(run.shape), "salt_id": key.salt_id}
-        )
+        created = {"config": run.config.identity(run.shape), "salt_id": key.salt_id}
+        run.ledger.append("created", created | permanent)
         files.write_bytes(
             path / "run.json", json.dumps(description, indent=2, sort_keys=True).encode()
         )
@@ -293,24 +298,44 @@ class RunDirectory:
         """Numbers of the shards; where each subject has one, of those that hold records."""
         return self.slices.shards
 
+    @cached_property
+    def core(self) -> Node | None:
+        """The node of the permanent core, under all others; None if the run has none."""
+        if self.core_root is None:
+            return None
+        every_layer = tuple(range(self.shape.num_layers))
+        return core_node(self.identity, every_layer, self.config.lora.rank, self.core_root)
+
     @property
     def served(self) -> Path:
         return self.path / "served"
 
+    @property
+    def members(self) -> list[int]:
+        """What is served, an adapter each: the shards, and the core (`CORE.shard`) if there is one."""
+        return [*self.shards, *([CORE.shard] if self.core else [])]
+
+    def member_name(self, shard: int) -> str:
+        """Name of a member's directory in `served/`."""
+        return "core" if shard == CORE.shard else f"shard-{shard}"
+
     def paths(self, shard: int) -> list[list[Node]]:
-        """The nodes that the shard's sequences want, given the records it holds now."""
+        """The nodes that the sequences of a member want, given the records it holds now."""
+        if self.core is not None and shard == CORE.shard:
+            return [[self.core]]
         roots = self.slices.roots(shard)
-        return wanted_paths(self.identity, shard, list(self.config.sequences), self.blocks, roots)
+        sequences = list(self.config.sequences)
+        return wanted_paths(self.identity, shard, sequences, self.blocks, roots, self.core)
 
     def wanted(self) -> dict[str, Node]:
         """Every node of the complete run, by key."""
         return {
-            node.key: node for shard in self.shards for path in self.paths(shard) for node in path
+            node.key: node for shard in self.members for path in self.paths(shard) for node in path
         }
 
     def wants(self, node: Node) -> bool:
         """Is the node one of the complete run? Reads its own shard only."""
-        return node.shard in self.shards and any(node in path for path in self.paths(node.shard))
+        return node.shard in self.members and any(node in path for path in self.paths(node.shard))
 
     def changing(self, holder: str) -> AbstractContextManager[None]:
         """Lock for whatever changes records, nodes or what is served; held for moments only."""

@@ -197,7 +197,7 @@ def _encode(run: RunDirectory, tokenizer: PreTrainedTokenizerBase, record: Recor
 
 
 def _missing(run: RunDirectory) -> list[Node]:
-    paths = [path for shard in run.shards for path in run.paths(shard)]
+    paths = [path for member in run.members for path in run.paths(member)]
     return missing_nodes(paths, run.nodes.exists)
 
 
@@ -242,7 +242,8 @@ def cache_path(run: RunDirectory, node: Node, part: int) -> Path:
 
 
 def _is_replayed(run: RunDirectory, node: Node) -> bool:
-    return run.config.prefix_cache and min(node.block.layers) > 0
+    """States are cached of the bare base model, so not where a core changes them."""
+    return run.config.prefix_cache and run.core is None and min(node.block.layers) > 0
 
 
 def _cache_states(run: RunDirectory, base: PreTrainedModel, task: Task) -> bool:
@@ -293,8 +294,10 @@ def _capture_slice(
     }
 
 
-def index_of(run: RunDirectory, node: Node) -> Tensors:
-    """The words of the slice that a node adds."""
+def index_of(run: RunDirectory, node: Node) -> Tensors | None:
+    """The words of the slice that a node adds; None for the core, in which nobody is looked for."""
+    if node.is_core:
+        return None
     return index_records(run.slices.read(SliceName(node.shard, node.path[-1])), run.key)
 
 
@@ -327,6 +330,9 @@ def _finish(run: RunDirectory) -> dict[int, int]:
         settle(run)
         lineages = serve(run)
         residues.purge_emptied(run)
-        digests = {str(shard): entry["digest"] for shard, entry in lineages.items()}
+        digests = {
+            run.member_name(member).removeprefix("shard-"): entry["digest"]
+            for member, entry in lineages.items()
+        }
         run.ledger.append("served", {"digests": digests})
     return depths_served(run)

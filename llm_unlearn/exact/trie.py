@@ -10,11 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llm_unlearn.data.partition import CORE
 from llm_unlearn.data.records import digest
 from llm_unlearn.exact.blocks import Block
 
 # Raised by hand when what training computes changes; an upgrade that changes no bits keeps it.
 NUMERICS_VERSION = 1
+
+
+CORE_STAGE = -1
 
 
 def seed_from(key: str, purpose: str) -> int:
@@ -29,7 +33,7 @@ class Node:
     Attributes:
         path: the slices of the sequence up to and with this node's own, empty ones left out.
         roots: the Merkle roots of those slices, in the same order.
-        parent: key of the node on which it was trained, None at depth one.
+        parent: key of the node on which it was trained; at depth one the core's, or None.
     """
 
     key: str
@@ -38,6 +42,11 @@ class Node:
     path: tuple[int, ...]
     roots: tuple[str, ...]
     parent: str | None
+
+    @property
+    def is_core(self) -> bool:
+        """Is it the permanent core, which stands under every other node and never goes?"""
+        return self.shard == CORE.shard
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {
@@ -69,15 +78,24 @@ def node_key(identity: str, block: Block, parent: str | None, root: str) -> str:
     return digest({"identity": identity, "block": block.to_dict(), "parent": parent, "root": root})
 
 
+def core_node(identity: str, layers: tuple[int, ...], rank: int, root: str) -> Node:
+    """The permanent core: a whole adapter at a stage of its own, so that it shares no key."""
+    block = Block(CORE_STAGE, layers, rank)
+    key = node_key(identity, block, None, root)
+    return Node(key, CORE.shard, block, path=(CORE.slice,), roots=(root,), parent=None)
+
+
 def wanted_paths(
     identity: str,
     shard: int,
     sequences: list[tuple[int, ...]],
     blocks: list[Block],
     roots: Mapping[int, str | None],
+    core: Node | None = None,
 ) -> list[list[Node]]:
     """For every sequence of a shard, the nodes that a complete run holds, first stage first.
 
+    The core, if there is one, comes before them all and is the parent of those of depth one.
     Sequences with an equal prefix share its nodes (equal keys). The stage of an empty slice is
     passed over: its block stays absent, and the next stage is trained on what came before.
     """
@@ -88,27 +106,31 @@ def wanted_paths(
             root = roots[slice_index]
             if root is None:
                 continue
-            parent = nodes[-1] if nodes else None
+            before = nodes[-1] if nodes else None
+            parent = before or core
             nodes.append(
                 Node(
                     key=node_key(identity, block, parent.key if parent else None, root),
                     shard=shard,
                     block=block,
-                    path=(*(parent.path if parent else ()), slice_index),
-                    roots=(*(parent.roots if parent else ()), root),
+                    path=(*(before.path if before else ()), slice_index),
+                    roots=(*(before.roots if before else ()), root),
                     parent=parent.key if parent else None,
                 )
             )
-        paths.append(nodes)
+        paths.append([core, *nodes] if core else nodes)
     return paths
 
 
 def live(path: Sequence[Node]) -> list[Node]:
     """The nodes whose tensors, side by side, are the adapter of a path: first stage first.
 
-    All of them, save that a block which continues the one before it has taken its place.
+    All of them, save that a block which continues the one before it has taken its place; the core
+    is nobody's to continue.
     """
-    return list(path[-1:] if path and path[-1].block.continues else path)
+    if not path or not path[-1].block.continues:
+        return list(path)
+    return [*(node for node in path[:-1] if node.is_core), path[-1]]
 
 
 def ground_of(node: Node, parents: Sequence[Node]) -> tuple[list[Node], Node | None]:

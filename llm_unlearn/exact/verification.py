@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llm_unlearn.data.partition import merkle_root
+from llm_unlearn.data.partition import CORE, SliceName, merkle_root
 from llm_unlearn.data.records import Record, digest
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact import residues
@@ -32,7 +32,7 @@ from llm_unlearn.exact.adapters import (
     to_bytes,
 )
 from llm_unlearn.exact.deletion import certificate_path
-from llm_unlearn.exact.served import read_lineage, shards_served, words_path
+from llm_unlearn.exact.served import members_served, read_lineage, words_path
 from llm_unlearn.exact.store import KEYS_NAME, MANIFEST_NAME, RunDirectory
 from llm_unlearn.exact.trie import Node, live, node_key
 
@@ -67,18 +67,8 @@ def check_records(run: RunDirectory) -> Check:
     is_deleted = run.slices.matcher(run.ledger.tombstones())
     copies: Counter[str] = Counter()
     for name in run.slices.names:
-        header = run.slices.header(name)
-        lines = list(run.slices.lines(name))
-        records = [Record.from_line(line) for line in lines]
-        check.examined += len(records)
         where = f"records of shard {name.shard}, slice {name.slice}"
-        if (
-            merkle_root([run.key.leaf(line) for line in lines]) != header.root
-            or len(lines) != header.records
-        ):
-            check.problems.append(f"{where}: they are not the ones their header names")
-        elif not run.slices.has_texts_of(name, records):
-            check.problems.append(f"{where}: the digests of their texts are not theirs")
+        records = _read_and_check(run, name, where, check)
         copies.update(record.id for record in records)
         subjects = {record.subject for record in records}
         if run.slices.is_keyed and any(run.slices.place(subject) != name for subject in subjects):
@@ -89,7 +79,27 @@ def check_records(run: RunDirectory) -> Check:
         check.problems.append(f"{wrong} records are not held {run.config.copies} times")
     if run.config.keys and file_digest(run.path / KEYS_NAME) != run.config.keys:
         check.problems.append(f"{KEYS_NAME} does not hold the keys that the run was made with")
+    if run.core is not None:
+        _read_and_check(run, CORE, "records of the permanent core", check)
+        if run.slices.header(CORE).root != run.core_root:
+            check.problems.append("records of the permanent core: they are not those of run.json")
+    if any(event.payload.get("core") != run.core_root for event in run.ledger.events("created")):
+        check.problems.append("run.json names another permanent core than the ledger")
     return check
+
+
+def _read_and_check(run: RunDirectory, name: SliceName, where: str, check: Check) -> list[Record]:
+    """The records of a file, compared with its header."""
+    header = run.slices.header(name)
+    lines = list(run.slices.lines(name))
+    records = [Record.from_line(line) for line in lines]
+    check.examined += len(records)
+    root = merkle_root([run.key.leaf(line) for line in lines])
+    if root != header.root or len(lines) != header.records:
+        check.problems.append(f"{where}: they are not the ones their header names")
+    elif not run.slices.has_texts_of(name, records):
+        check.problems.append(f"{where}: the digests of their texts are not theirs")
+    return records
 
 
 def check_nodes(run: RunDirectory) -> Check:
@@ -148,29 +158,29 @@ def check_served(run: RunDirectory) -> Check:
     if not run.served.exists():
         check.skipped = "nothing is served yet"
         return check
+    known = {run.member_name(member) for member in run.members}
     check.problems += [
-        f"shard {shard} is served, but the run holds no records of it"
-        for shard in sorted(shards_served(run) - set(run.shards))
+        f"{name} is served, but the run holds no records of it"
+        for name in sorted(members_served(run) - known)
     ]
-    for shard in run.shards:
+    for member in run.members:
+        label = run.member_name(member).replace("-", " ")
         try:
-            check.problems += [
-                f"shard {shard}: {problem}" for problem in _served_problems(run, shard)
-            ]
+            check.problems += [f"{label}: {problem}" for problem in _served_problems(run, member)]
         except RunError as error:
-            check.problems.append(f"shard {shard}: {error}")
+            check.problems.append(f"{label}: {error}")
         check.examined += 1
     return check
 
 
 def _served_problems(run: RunDirectory, shard: int) -> list[str]:
-    directory = run.served / f"shard-{shard}"
+    directory = run.served / run.member_name(shard)
     lineage = read_lineage(directory)
     if lineage is None:
         return ["lineage.json is missing or damaged"]
     wanted, problems, nodes = run.wanted(), [], []
     for entry in lineage["nodes"]:
-        if entry["key"] not in wanted or wanted[entry["key"]].shard != shard:
+        if entry["key"] not in wanted or wanted[entry["key"]].shard not in (shard, CORE.shard):
             return [
                 f"it is served from node {entry['key'][:12]}, which depends on deleted or unknown data"
             ]
@@ -289,7 +299,8 @@ def replay_nodes(run: RunDirectory, count: int, seed: int | None = None) -> Chec
         held = run.nodes.load(key)
         if any(again[name].tobytes() != held[name].tobytes() for name in held):
             check.problems.append(f"node {key[:12]}: training it again gives other bits")
-        if run.nodes.words(key) not in (None, to_bytes(index_of(run, wanted[key]))):
+        index = index_of(run, wanted[key])
+        if run.nodes.words(key) not in (None, to_bytes(index) if index else None):
             check.problems.append(f"node {key[:12]}: its words are not those of its records")
     if elsewhere:
         check.skipped = (

@@ -249,6 +249,7 @@ class Job:
             run.directory.ensure_same(replace(config, rule=run.directory.config.rule), shape)
         else:
             key = self.path / "secret.key"
+            key.parent.mkdir(parents=True, exist_ok=True)
             files.write_bytes(key, PartitionKey.from_phrase(f"study {self.seed}").secret)
             arguments.key_path = str(key)
             public = [str(row["question"]) for rows in world.public.values() for row in rows]

@@ -17,6 +17,7 @@ from llm_unlearn import files
 from llm_unlearn.exact.ledger import Ledger
 from llm_unlearn.exact.run import S3TRun
 from tests.tiny import (
+    core_records,
     load_tiny,
     make_run,
     make_stub_run,
@@ -30,6 +31,7 @@ from tests.tiny import (
 SHAPES: dict[str, dict[str, Any]] = {
     "ranks": {"num_slices": 2, "num_sequences": 2},
     "whole": {"num_slices": 2, "blocks": "whole"},
+    "core": {"num_slices": 1, "num_sequences": 1, "core": core_records()},
 }
 VICTIM = "person 4"
 

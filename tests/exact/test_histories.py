@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import (
+    core_records,
     make_stub_run,
     node_bytes,
     served_bytes,
@@ -39,6 +40,7 @@ def shapes(draw: st.DrawFn) -> dict[str, object]:
         "num_sequences": draw(st.integers(1, orders)),
         "blocks": blocks,
         "slice_data": draw(st.sampled_from(["cumulative", "disjoint"])),
+        "core": draw(st.sampled_from([[], core_records()])),
     }
 
 

@@ -82,7 +82,7 @@ def test_a_shard_served_beyond_its_records_is_reported(run: S3TRun) -> None:
         path.unlink()
     (run.path / "records" / f"shard-{shard}").rmdir()
     problems = [problem for check in run.verify() for problem in check.problems]
-    assert any(f"shard {shard} is served, but" in problem for problem in problems)
+    assert any(f"shard-{shard} is served, but" in problem for problem in problems)
 
 
 def test_it_trains_and_answers(tiny_base: Path, tmp_path: Path) -> None:
