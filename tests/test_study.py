@@ -202,7 +202,7 @@ def tiny_world() -> World:
 
 FEW_WAYS = {
     "base model": ("average",), "plain LoRA": ("average", "select"), "retrained plain LoRA": ("average",),
-    "experts": ("average", "mixture"),
+    "experts": ("average", "mixture"), "experts, rebuilt": ("mixture",),
 }  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Study
             for one in CONFIGURATIONS
             if one.name in FEW_WAYS
         ],
-        seeds=1, deletions=[0, 2], overrides={"passes": 1, "learning_rate": 1e-2},
+        seeds=1, deletions=[0, 3], overrides={"passes": 1, "learning_rate": 1e-2},
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, study_progress(enabled=False) as progress:
         patch.setattr(measuring, "REPETITIONS", 1)
@@ -226,28 +226,41 @@ def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Study
 
 def test_everything_is_measured_with_the_same_people_deleted(finished: Study) -> None:
     found = read_measurements(finished.output)
-    assert len(found) == 2 + 2 * 2 + 1 + 2 * 2  # the retrained one has nothing to do before
+    assert len(found) == 2 + 2 * 2 + 1 + 2 * 2 + 1  # nothing is retrained or rebuilt before
     assert len({tuple(m.content["deleted"]) for (key, _), m in found.items() if key[2]}) == 1
     experts = found[Key("experts", "average", 0), 0]
     assert experts.content["costs"]["alone_seconds"] > 0
     assert experts.mean("retained/named", "by_own") == pytest.approx(0.5)  # of two shards
-    assert not list(finished.output.glob("runs/*/*/after-*"))  # copies are not kept
+    assert not list(finished.output.glob("runs/*/*/*after-*"))  # copies are not kept
 
 
 def test_what_lost_everything_answers_as_the_base(finished: Study) -> None:
     results = summarise(finished.output, {**ABOUT, "score": "probability"})
     plain, base = ("plain LoRA", "average"), ("base model", "average")
     for name in ("retained named probability", "orphans paraphrased rouge", "public probability"):
-        one, other = (results.get(row, 2, name).mean for row in (plain, base))
+        one, other = (results.get(row, 3, name).mean for row in (plain, base))
         assert one == pytest.approx(other)
-    assert results.get(plain, 2, "orphans kl base").mean == pytest.approx(0.0, abs=1e-6)
-    assert results.get(plain, 2, "bystanders").mean == 4  # one slice is everybody's
+    assert results.get(plain, 3, "orphans kl base").mean == pytest.approx(0.0, abs=1e-6)
+    assert results.get(plain, 3, "bystanders").mean == 3  # one slice is everybody's
     assert results.get(plain, 0, "shift").mean != 0
     retrained = ("retrained plain LoRA", "average")
-    assert results.get(retrained, 2, "deletion_seconds").mean > 0
-    assert 0 <= results.get(plain, 2, "forget quality").mean <= 1
-    assert math.isfinite(results.get(plain, 2, "privleak").mean)
-    assert results.get(retrained, 2, "orphans kl retrained").mean == 0
+    assert results.get(retrained, 3, "deletion_seconds").mean > 0
+    assert 0 <= results.get(plain, 3, "forget quality").mean <= 1
+    assert math.isfinite(results.get(plain, 3, "privleak").mean)
+    assert results.get(retrained, 3, "orphans kl retrained").mean == 0
+
+
+def test_a_rebuild_brings_the_bystanders_back_and_costs_time(finished: Study) -> None:
+    results = summarise(finished.output, {**ABOUT, "score": "probability"})
+    lost, rebuilt = ("experts", "average"), ("experts, rebuilt", "mixture")
+    assert results.get(rebuilt, 3, "kept_bytes").mean > results.get(lost, 3, "kept_bytes").mean
+    assert (
+        results.get(rebuilt, 3, "deletion_seconds").mean
+        > results.get(lost, 3, "deletion_seconds").mean
+    )
+    before = results.get(("experts", "mixture"), 0, "retained named probability")
+    assert results.get(rebuilt, 0, "retained named probability") == before
+    assert math.isfinite(results.get(("experts", "mixture"), 3, "orphans kl rebuilt").mean)
 
 
 def test_a_second_call_trains_and_measures_nothing(
@@ -277,7 +290,7 @@ def test_another_rule_is_measured_again_without_training(
     nodes = {p: p.read_bytes() for p in finished.output.glob("runs/*/*/trained/nodes/*/*")}
     with study_progress(enabled=False) as progress:
         run_study(finished, progress)
-    assert len(asked) == 2
+    assert len(asked) == 3  # 0 and 3 deletions, and the rebuilt
     assert {p: p.read_bytes() for p in nodes} == nodes
 
 

@@ -121,7 +121,8 @@ def headline(results: Results) -> Table:
         f"seeds where there are several. kept: share of the same people's after {last} deletions. "
         "loss there: nats a token over the base model's, out of domain. inference: seconds a prompt over "
         "one adapter's alone. ✓ and ✗: the aims, for methods that are exact without retraining; before "
-        "any deletion against the best gated plain LoRA. A retrained model's deletion is its training."
+        "any deletion against the best gated plain LoRA. A retrained model's deletion is its training, "
+        "a rebuilt one's all deletions and the rebuild."
     )
     return _table("Does exact unlearning cost quality?", caption, results, columns)
 
@@ -142,6 +143,7 @@ def orphans(results: Results) -> Table:
         Column("to base", _percent("orphans by_base", last)),
         Column("KL to base", _number("orphans kl base", last, ".3f")),
         Column("KL to retrained", _number("orphans kl retrained", last, ".3f")),
+        Column("KL to rebuilt", _number("orphans kl rebuilt", last, ".3f")),
         Column("forget quality p", _number("forget quality", last, ".2g")),
         Column("PrivLeak", _number("privleak", last, "+.0f")),
     ]

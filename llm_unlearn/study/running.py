@@ -107,8 +107,8 @@ class Study:
         return distinct(one, self.world.name)
 
     def counts(self, one: Configuration) -> list[int]:
-        """Before any deletion a retrained model is the plain one, and is not trained twice."""
-        return [count for count in self.deletions if count or one.kind != "retrained"]
+        """Before any deletion a retrained or rebuilt model is another configuration's."""
+        return [count for count in self.deletions if count or not one.before]
 
 
 def run_study(study: Study, progress: StudyProgress) -> list[str]:
@@ -155,7 +155,7 @@ class Job:
 
     @property
     def path(self) -> Path:
-        return self.study.output / "runs" / self.configuration.slug / f"seed-{self.seed}"
+        return self.study.output / "runs" / self.configuration.trained_as / f"seed-{self.seed}"
 
     def rule(self, served: str) -> Rule:
         arguments, model_arguments = self._arguments()
@@ -223,13 +223,17 @@ class Job:
         if not deleted:
             yield trained, costs_of(trained)
             return
-        copy = self.path / f"after-{len(deleted)}"
+        copy = self.path / f"{self.configuration.kind}-after-{len(deleted)}"
         files.remove(copy)
         shutil.copytree(trained.path, copy, symlinks=True)
         try:
             run = S3TRun.open(copy)
-            seconds = [run.delete([subject]).seconds for subject in deleted]
-            yield run, costs_of(run, sum(seconds) / len(seconds))
+            spent = [run.delete([subject]).seconds for subject in deleted]
+            seconds = sum(spent) / len(spent)
+            if self.configuration.kind == "rebuilt":
+                model, tokenizer = load_base(self.study.model)
+                seconds = sum(spent) + self._train(run, model, tokenizer)
+            yield run, costs_of(run, seconds)
         finally:
             files.remove(copy)
 
@@ -246,9 +250,14 @@ class Job:
         else:
             key = PartitionKey.from_phrase(f"study {self.seed}")
             run = S3TRun(RunDirectory.create(path, records, config, shape, key))
-        self.progress.say(f"{self.configuration.name}, seed {self.seed}: training")
-        run.train(model, tokenizer, self.progress)  # pyright: ignore[reportArgumentType]
+        self._train(run, model, tokenizer)
         return run
+
+    def _train(self, run: S3TRun, model: Any, tokenizer: Any) -> float:
+        """Train what is missing; returns the seconds."""
+        self.progress.say(f"{self.configuration.name}, seed {self.seed}: training")
+        report = run.train(model, tokenizer, self.progress)  # pyright: ignore[reportArgumentType]
+        return report.seconds
 
     def _arguments(self) -> tuple[S3TConfig, ModelConfig]:
         world = self.study.world
