@@ -170,8 +170,7 @@ class Job:
         deleted = self.study.order(self.seed)[:count]
         name = f"{self.configuration.name}, seed {self.seed}, {count} deletions"
         if self.configuration.kind == "base":
-            model, tokenizer = self._base()
-            self._write(missing[0], count, deleted, System(model, tokenizer), None, {})
+            self._write(missing[0], count, deleted, System(*self._base()), None, {})
             return
         with self._served_run(deleted) as (run, costs):
             for served in missing:
