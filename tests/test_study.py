@@ -19,8 +19,9 @@ from llm_unlearn.study.aims import AIMS, is_judged
 from llm_unlearn.study.configurations import CONFIGURATIONS, SERVED, TRAINING, epochs, flags_of
 from llm_unlearn.study.measuring import sections_of
 from llm_unlearn.study.page import Table, headline, summary, write_study
+from llm_unlearn.study.plan import Study
 from llm_unlearn.study.results import Key, Results, read_measurements, summarise
-from llm_unlearn.study.running import Study, run_study
+from llm_unlearn.study.running import run_study
 from llm_unlearn.study.worlds import World, demonstration_world, load_world, model_for, tofu_world
 from tests.test_recipes import TOFU, load_recipe
 from tests.tiny import make_rows
@@ -235,7 +236,7 @@ def test_everything_is_measured_with_the_same_people_deleted(finished: Study) ->
 
 
 def test_what_lost_everything_answers_as_the_base(finished: Study) -> None:
-    results = summarise(finished.output, {**ABOUT, "score": "probability"})
+    results = summarise(finished.output)
     plain, base = ("plain LoRA", "average"), ("base model", "average")
     for name in ("retained named probability", "orphans paraphrased rouge", "public probability"):
         one, other = (results.get(row, 3, name).mean for row in (plain, base))
@@ -251,7 +252,7 @@ def test_what_lost_everything_answers_as_the_base(finished: Study) -> None:
 
 
 def test_a_rebuild_brings_the_bystanders_back_and_costs_time(finished: Study) -> None:
-    results = summarise(finished.output, {**ABOUT, "score": "probability"})
+    results = summarise(finished.output)
     lost, rebuilt = ("experts", "average"), ("experts, rebuilt", "mixture")
     assert results.get(rebuilt, 3, "kept_bytes").mean > results.get(lost, 3, "kept_bytes").mean
     assert (
@@ -313,17 +314,16 @@ def test_what_another_process_is_at_is_left_to_it(finished: Study) -> None:
 
 
 def test_the_recipe_writes_the_page_again(
-    finished: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from llm_unlearn.study import worlds
-
-    monkeypatch.setattr(worlds, "load_world", lambda *_: finished.world)
     recipe = load_recipe("exact_study")
-    recipe(["--report_only", "--output_dir", str(finished.output), "--model", finished.model])
+    recipe(["--report_only", "--output_dir", str(finished.output)])
     page = (finished.output / "study.html").read_text()
     assert "experts: mixture" in page and page.count("data:image/svg") == 2
-    assert "--report_only" in page
+    assert "6 subjects" in page and "exact_study.py --output_dir" in page
     assert "Does exact unlearning cost quality?" in capsys.readouterr().out
     numbers = json.loads((finished.output / "results.json").read_bytes())["cells"]
     named = [cell["values"]["retained named probability"]["mean"] for cell in numbers]
     assert np.isfinite(named).all()
+    with pytest.raises(UserError, match="holds no study yet"):
+        recipe(["--report_only", "--output_dir", str(tmp_path)])

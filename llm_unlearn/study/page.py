@@ -2,10 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llm_unlearn import files
 from llm_unlearn.evaluation.report import picture, render, write_page
@@ -289,8 +288,3 @@ def print_headline(results: Results, show: Callable[..., None]) -> None:
     kept = [i for i, head in enumerate(table.columns) if head not in NOT_PRINTED]
     rows = [[row[i].text for i in kept] for row in table.rows]
     show(table.title, [table.columns[i] for i in kept], rows)
-
-
-def describe(about: Mapping[str, Any], world: Any) -> dict[str, Any]:
-    """What the page tells of the study beside its numbers."""
-    return {**about, "score": world.score, "public": list(world.public)}

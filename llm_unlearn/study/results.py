@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from llm_unlearn.errors import UserError
 from llm_unlearn.evaluation.membership import Scores, privleak
 from llm_unlearn.evaluation.statistics import Interval, across_seeds
 from llm_unlearn.evaluation.tofu import forget_quality
@@ -21,6 +22,7 @@ from llm_unlearn.study.configurations import ALWAYS_ON, BASE, CONFIGURATIONS, RE
 from llm_unlearn.study.measuring import HOLDOUT, ORPHANS, PUBLIC, RETAINED, TRUTH
 from llm_unlearn.study.worlds import WORDINGS
 
+STUDY_NAME = "study.json"
 SCORES = {"probability": "probability", "rouge": "rougeL_recall", "exact": "exact"}
 NAN = math.nan
 
@@ -223,8 +225,15 @@ class Results:
         return {"study": dict(self.about), "cells": cells}
 
 
-def summarise(output: Path, about: Mapping[str, Any]) -> Results:
-    """All cells of a study from what has been measured so far, in the order of the table."""
+def summarise(output: Path) -> Results:
+    """All cells of a study from what has been measured so far, in the order of the table.
+
+    Raises:
+        UserError: there is no study.
+    """
+    if not (output / STUDY_NAME).is_file():
+        raise UserError(f"{output} holds no study yet: run the recipe without --report_only first")
+    about = json.loads((output / STUDY_NAME).read_bytes())
     order = [(one.name, served) for one in CONFIGURATIONS for served in one.served]
     found = read_measurements(output)
     by_key: dict[Key, list[dict[str, float]]] = {}

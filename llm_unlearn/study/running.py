@@ -10,11 +10,10 @@ twice at once it shares the work: a configuration that another process is at is 
 """
 
 import json
-import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,88 +26,19 @@ from llm_unlearn import files
 from llm_unlearn.console import StudyProgress
 from llm_unlearn.data.partition import PartitionKey
 from llm_unlearn.data.records import Record
-from llm_unlearn.errors import RunError, UserError
+from llm_unlearn.errors import RunError
 from llm_unlearn.exact.arguments import S3TConfig, make_config, make_shape
 from llm_unlearn.exact.base_model import load_base
 from llm_unlearn.exact.ensemble import BASE, ShardEnsemble
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.selection import Rule
 from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.study.configurations import SERVED, Configuration, distinct, flags_of, slug
+from llm_unlearn.study.configurations import SERVED, Configuration, flags_of
 from llm_unlearn.study.costs import Costs, costs_of
 from llm_unlearn.study.measuring import Measured, System, measure, seconds_a_prompt, timed_prompts
-from llm_unlearn.study.worlds import World
+from llm_unlearn.study.plan import Study
 
 BUSY_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is asked for: a world, a model, and how much of everything.
-
-    Attributes:
-        deletions: after how many deletions each run is measured, ascending.
-        overrides: flags of every configuration (`passes`, `learning_rate`, ...).
-    """
-
-    output: Path
-    world: World
-    model: str
-    configurations: Sequence[Configuration]
-    seeds: int
-    deletions: Sequence[int]
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-
-    def describe(self) -> dict[str, Any]:
-        """What two calls must have in common to go on with each other's measurements."""
-        return {
-            "world": self.world.name,
-            "model": self.model,
-            "subjects": len(self.world.subjects),
-            "overrides": dict(self.overrides),
-        }
-
-    def check(self) -> None:
-        """Refuse what cannot be studied.
-
-        Raises:
-            UserError: more deletions than subjects, or no seed.
-        """
-        most = len(self.world.subjects) - 1
-        if not self.deletions or not 0 <= min(self.deletions) <= max(self.deletions) <= most:
-            raise UserError(f"--deletions: numbers from 0 to {most} (somebody has to stay)")
-        if self.seeds < 1:
-            raise UserError(f"--seeds must be at least 1, got {self.seeds}")
-
-    def claim(self) -> None:
-        """Make the output directory this study's.
-
-        Raises:
-            UserError: it holds another study.
-        """
-        path = self.output / "study.json"
-        self.output.mkdir(parents=True, exist_ok=True)
-        if path.exists() and (there := json.loads(path.read_bytes())) != self.describe():
-            raise UserError(
-                f"{self.output} holds another study ({there}): choose another --output_dir"
-            )
-        files.write_bytes(path, json.dumps(self.describe(), indent=1).encode())
-
-    def order(self, seed: int) -> list[str]:
-        """The subjects in the order of their deletion, the same for every configuration."""
-        subjects = self.world.subjects
-        return random.Random(f"study {seed}").sample(subjects, len(subjects))
-
-    def measurement(self, one: Configuration, served: str, seed: int, count: int) -> Path:
-        place = self.output / "measurements" / one.slug / slug(served) / f"seed-{seed}"
-        return place / f"{count}.json"
-
-    def served(self, one: Configuration) -> list[str]:
-        return distinct(one, self.world.name)
-
-    def counts(self, one: Configuration) -> list[int]:
-        """Before any deletion a retrained or rebuilt model is another configuration's."""
-        return [count for count in self.deletions if count or not one.before]
 
 
 def run_study(study: Study, progress: StudyProgress) -> list[str]:
@@ -117,6 +47,7 @@ def run_study(study: Study, progress: StudyProgress) -> list[str]:
     Returns:
         What was left to another process.
     """
+    study.check()
     study.claim()
     torch.set_num_threads(1)
     jobs = [(one, seed) for seed in range(study.seeds) for one in study.configurations]
