@@ -14,7 +14,7 @@
 
     --only NAME ...         some configurations (llm_unlearn/study/configurations.py is the table)
     --seeds N, --deletions 0 1 5 20, --subjects N    each by itself
-    --passes N, --learning_rate X    the budget of every configuration
+    --passes N, --learning_rate X    the budget of every configuration (a real model wants 2e-4)
     --report_only           write results.json, study.html and summary.md again from what is measured
     --output_dir DIR        runs, measurements and page (studies/exact)
 
@@ -64,41 +64,43 @@ def main(argv: list[str]) -> None:
         return
     arguments = read_arguments(argv)
 
+    from llm_unlearn.study.page import print_headline, write_study
+    from llm_unlearn.study.results import summarise
+
+    if not arguments.report_only:
+        run(arguments)
+    results = summarise(arguments.output_dir)
+    again = [argument for argument in argv if argument != "--report_only"]
+    command = f"accelerate launch recipes/exact_study.py {shlex.join(again)}".strip()
+    paths = write_study(results, arguments.output_dir, command)
+    print_headline(results, print_table)
+    print("written: " + ", ".join(map(str, paths)))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train and measure what is missing."""
     from llm_unlearn import scoring
     from llm_unlearn.study.configurations import select
-    from llm_unlearn.study.page import describe, print_headline, write_study
-    from llm_unlearn.study.results import summarise
-    from llm_unlearn.study.running import Study, run_study
+    from llm_unlearn.study.plan import Study
+    from llm_unlearn.study.running import run_study
     from llm_unlearn.study.worlds import load_world, model_for
 
     scoring.processes()
     scoring.quiet()
-    world = load_world(arguments.world, arguments.subjects, arguments.tofu_path)
-    overrides = {
-        name: value
-        for name in ("passes", "learning_rate")
-        if (value := getattr(arguments, name)) is not None
-    }
+    budget = {"passes": arguments.passes, "learning_rate": arguments.learning_rate}
     study = Study(
         output=arguments.output_dir,
-        world=world,
+        world=load_world(arguments.world, arguments.subjects, arguments.tofu_path),
         model=model_for(arguments.world, arguments.model),
         configurations=select(arguments.only, small=not arguments.full),
         seeds=arguments.seeds,
         deletions=sorted(set(arguments.deletions)),
-        overrides=overrides,
+        overrides={name: value for name, value in budget.items() if value is not None},
     )
-    study.check()
-    if not arguments.report_only:
-        with study_progress() as progress:
-            busy = run_study(study, progress)
-        for name in busy:
-            warn(f"{name} was left to another process: run the command again when it has finished")
-    results = summarise(study.output, describe(study.describe(), world))
-    command = f"accelerate launch recipes/exact_study.py {shlex.join(argv)}".strip()
-    paths = write_study(results, study.output, command)
-    print_headline(results, print_table)
-    print("written: " + ", ".join(map(str, paths)))
+    with study_progress() as progress:
+        busy = run_study(study, progress)
+    for name in busy:
+        warn(f"{name} was left to another process: run the command again when it has finished")
 
 
 if __name__ == "__main__":

@@ -274,8 +274,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             if is_sure and len(shards) == 1:
                 continue
             pairs += [(row, shard) for shard in shards]
-            # The base competes only where there are fewer than three.
-            pairs += [(row, None)] if 0 < len(shards) < 3 and not is_sure else []
+            pairs += [(row, None)] if shards and not is_sure else []
         size = max(len(input_ids), TOKENS_READ_AT_ONCE // input_ids.shape[1])
         scores: dict[tuple[int, int | None], Score] = {}
         for start in range(0, len(pairs), size):

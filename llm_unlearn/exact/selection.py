@@ -4,7 +4,8 @@ Averaging all adapters dilutes what each one knows. A prompt about somebody has 
 likeliest under the adapter that learnt them. So the words point to a few shards (`words.py`): nobody's
 prompt has no subject that leads the others and goes to the base model unread; where one subject leads clearly, its
 shard answers unread; in between, and where two shards are close, the prompt is read under the candidates and
-its likelihood decides. The best must then lead the second best by a margin, or the base model answers.
+its likelihood decides. The best must then lead the second best and the base model by a margin, or the base
+model answers.
 
 The rule reads living adapters, their indexes and constants, nothing that was fitted on anybody: without a
 subject's adapter it decides as a system that never had it. The likelihood ratio to the base
@@ -100,15 +101,14 @@ def choose(
 ) -> list[Choice]:
     """Who answers one prompt, by its likelihood.
 
-    `select`: the best if it leads the second best by the margin, else the base model. `mixture`: as
-    `select`, but two that are close and both lead the third share the answer, weighted by the
+    `select`: the best if it leads the second best and the base model by the margin, else the base
+    model. `mixture`: as `select`, but two that are close and both lead the third share the answer, weighted by the
     likelihoods of the prompt's mean token: for prompts about two subjects, and facts that two
     adapters hold.
 
     Args:
         scores: by adapter; `NOTHING` where nothing is left of one, or it did not read the prompt.
-        base: mean log-likelihood under the base model: what an adapter competes with when there
-            are fewer than three.
+        base: mean log-likelihood under the base model, which competes with every adapter.
         found: whom the words point to. Where they are sure of some, the best of these needs no
             lead; else words and likelihood must agree on who is first.
     """
@@ -117,10 +117,10 @@ def choose(
     is_sure = found is not None and found.is_sure
     if not ranked or not (is_sure or _is_at_home(*ranked[0], rule, found)):
         return TO_BASE
-    means = [score.mean for score, _ in ranked] + [base] * max(0, 3 - len(ranked))
-    if means[0] - means[1] > rule.margin:
+    means = [score.mean for score, _ in ranked] + [base] * 2
+    if means[0] - max(means[1], base) > rule.margin:
         return [Choice(ranked[0][1], 1.0)]
-    are_two = len(ranked) > 1 and (is_sure or means[1] - means[2] > rule.margin)
+    are_two = len(ranked) > 1 and (is_sure or means[1] - max(means[2], base) > rule.margin)
     if rule.aggregate == "mixture" and are_two:
         first = 1 / (1 + math.exp(means[1] - means[0]))
         return [Choice(ranked[0][1], first), Choice(ranked[1][1], 1 - first)]

@@ -36,15 +36,17 @@ def knowledge(results: Results) -> str:
     return str(results.about["score"])
 
 
+def best_gated(results: Results, name: str) -> float:
+    """A number of the plain LoRA before any deletion, behind the gate that suits it best."""
+    ways = [served for served in PLAIN.served if served != ALWAYS_ON]
+    values = [results.get((PLAIN.name, served), 0, name).mean for served in ways]
+    return max((value for value in values if value == value), default=NAN)
+
+
 def before(results: Results, row: Row) -> float:
     """Knowledge before any deletion as a share of the best gated plain LoRA's."""
     name = f"retained named {knowledge(results)}"
-    gated = [
-        results.get((PLAIN.name, served), 0, name).mean
-        for served in PLAIN.served
-        if served != ALWAYS_ON
-    ]
-    best = max((value for value in gated if value == value), default=NAN)
+    best = best_gated(results, name)
     return results.get(row, 0, name).mean / best if best else NAN
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from llm_unlearn.errors import UserError
 
-Kind = Literal["run", "retrained", "base"]
+Kind = Literal["run", "rebuilt", "retrained", "base"]
 ALWAYS_ON, GATED = "average", "select"
 
 # How a run can be served, and what of the rule is then not as the run's flags say.
@@ -27,8 +27,9 @@ class Configuration:
     Attributes:
         served: how the same trained run is served (names of `SERVED`); each is measured.
         flags: of `S3TConfig` and `ModelConfig`, where they differ from `TRAINING`.
-        kind: `run` deletes from one trained run, `retrained` trains again without the deleted,
-            `base` is the base model.
+        kind: `run` deletes from one trained run, `rebuilt` also trains again what that took,
+            `retrained` trains everything again without the deleted, `base` is the base model.
+        before: the configuration that it is before any deletion, where it is another.
         subjects_per_shard: by world; gives `num_shards`.
         is_small: whether it belongs to the small form.
     """
@@ -37,12 +38,18 @@ class Configuration:
     served: tuple[str, ...]
     flags: Mapping[str, Any] = field(default_factory=dict)
     kind: Kind = "run"
+    before: str = ""
     subjects_per_shard: Mapping[str, int] | None = None
     is_small: bool = True
 
     @property
     def slug(self) -> str:
         return slug(self.name)
+
+    @property
+    def trained_as(self) -> str:
+        """Directory name of the configuration whose run it begins with."""
+        return slug(self.before) if self.kind == "rebuilt" else self.slug
 
     @property
     def is_exact_method(self) -> bool:
@@ -58,20 +65,24 @@ def slug(name: str) -> str:
 ONE_LORA = {"exact_method": "experts", "num_shards": 1, "lora_r": 32}
 BASE = Configuration("base model", (ALWAYS_ON,), kind="base")
 PLAIN = Configuration("plain LoRA", (ALWAYS_ON, GATED), ONE_LORA)
-RETRAINED = Configuration("retrained plain LoRA", (ALWAYS_ON, GATED), ONE_LORA, kind="retrained")
-EXPERTS = {"exact_method": "experts", "lora_r": 8}
+RETRAINED = Configuration(
+    "retrained plain LoRA", (ALWAYS_ON, GATED), ONE_LORA, kind="retrained", before=PLAIN.name
+)
+EXPERTS: dict[str, Any] = {"exact_method": "experts", "lora_r": 8}
+PER_EXPERT = {"demonstration": 4, "tofu": 4}  # subjects
 
 CONFIGURATIONS: tuple[Configuration, ...] = (
     BASE,
     PLAIN,
     RETRAINED,
     Configuration("S3T", (ALWAYS_ON, GATED), {"num_shards": 1, "num_slices": 4, "num_sequences": 2}),
+    # It learns whole sequences, so that a prompt in doubt can tell whose it is.
     Configuration(
-        "S3T layers", (ALWAYS_ON,), {"num_slices": 4, "num_sequences": 2, "blocks": "layers"}, is_small=False
+        "S3T m=4", (ALWAYS_ON, GATED, "mixture"),
+        {"num_shards": 4, "num_slices": 3, "num_sequences": 1, "completion_only_loss": False},
     ),
     Configuration(
-        "S3T m=4", (ALWAYS_ON, GATED, "mixture", "vote", "merge"),
-        {"num_shards": 4, "num_slices": 3, "num_sequences": 1},
+        "S3T layers", (ALWAYS_ON,), {"num_slices": 4, "num_sequences": 2, "blocks": "layers"}, is_small=False
     ),
     Configuration(
         "SISA m=4", (ALWAYS_ON, GATED), {"exact_method": "sisa", "num_shards": 4, "num_slices": 3}, is_small=False
@@ -80,8 +91,11 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
         "LegoNet", ("nearest",), {"exact_method": "lego", "num_shards": 12, "copies": 3}, is_small=False
     ),
     Configuration(
-        "experts", (GATED, "mixture", ALWAYS_ON, "vote", "merge"), EXPERTS,
-        subjects_per_shard={"demonstration": 4, "tofu": 10},
+        "experts", (GATED, "mixture", ALWAYS_ON, "vote", "merge"), EXPERTS, subjects_per_shard=PER_EXPERT
+    ),
+    Configuration(
+        "experts, rebuilt", (GATED, "mixture"), EXPERTS, kind="rebuilt", before="experts",
+        subjects_per_shard=PER_EXPERT, is_small=False,
     ),
     Configuration("experts by subject", (GATED, "mixture"), EXPERTS | {"num_shards": 0}),
 )  # fmt: skip

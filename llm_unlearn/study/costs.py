@@ -14,7 +14,8 @@ class Costs:
 
     Attributes:
         training_seconds: of all its nodes.
-        deletion_seconds: mean of a request for one subject; of a retrained model its training.
+        deletion_seconds: mean of a request for one subject; of a retrained model its training, of
+            a rebuilt one all requests and the rebuild.
         served_bytes: weights of the served adapters.
         kept_bytes: weights of all nodes, which later deletions fall back on.
         parameters: of the served adapters, all shards together.

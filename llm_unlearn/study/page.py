@@ -2,10 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llm_unlearn import files
 from llm_unlearn.evaluation.report import picture, render, write_page
@@ -121,7 +120,8 @@ def headline(results: Results) -> Table:
         f"seeds where there are several. kept: share of the same people's after {last} deletions. "
         "loss there: nats a token over the base model's, out of domain. inference: seconds a prompt over "
         "one adapter's alone. ✓ and ✗: the aims, for methods that are exact without retraining; before "
-        "any deletion against the best gated plain LoRA. A retrained model's deletion is its training."
+        "any deletion against the best gated plain LoRA. A retrained model's deletion is its training, "
+        "a rebuilt one's all deletions and the rebuild."
     )
     return _table("Does exact unlearning cost quality?", caption, results, columns)
 
@@ -142,6 +142,7 @@ def orphans(results: Results) -> Table:
         Column("to base", _percent("orphans by_base", last)),
         Column("KL to base", _number("orphans kl base", last, ".3f")),
         Column("KL to retrained", _number("orphans kl retrained", last, ".3f")),
+        Column("KL to rebuilt", _number("orphans kl rebuilt", last, ".3f")),
         Column("forget quality p", _number("forget quality", last, ".2g")),
         Column("PrivLeak", _number("privleak", last, "+.0f")),
     ]
@@ -287,8 +288,3 @@ def print_headline(results: Results, show: Callable[..., None]) -> None:
     kept = [i for i, head in enumerate(table.columns) if head not in NOT_PRINTED]
     rows = [[row[i].text for i in kept] for row in table.rows]
     show(table.title, [table.columns[i] for i in kept], rows)
-
-
-def describe(about: Mapping[str, Any], world: Any) -> dict[str, Any]:
-    """What the page tells of the study beside its numbers."""
-    return {**about, "score": world.score, "public": list(world.public)}

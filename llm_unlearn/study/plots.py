@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.evaluation import plots
-from llm_unlearn.study.aims import knowledge
+from llm_unlearn.study.aims import best_gated, knowledge
 from llm_unlearn.study.configurations import CONFIGURATIONS, SERVED
 from llm_unlearn.study.results import Results
 from llm_unlearn.study.worlds import WORDINGS
@@ -30,6 +30,7 @@ def over_deletions(results: Results) -> bytes | None:
         for axes, wording in zip(panels, WORDINGS, strict=True):
             for row in rows:
                 _draw_line(axes, results, row, f"retained {wording} {knowledge(results)}")
+            _draw_aim(axes, results, f"retained {wording} {knowledge(results)}")
             axes.set_title(f"questions: {wording.replace('_', '-')}")
             axes.set_xlabel("deletions, without retraining")
             axes.set_xticks(range(len(results.deletions)), map(str, results.deletions))
@@ -63,6 +64,14 @@ def knowledge_against_damage(results: Results) -> bytes | None:
         axes.set_ylim(-0.03, 1.05)
         figure.legend(loc="outside right upper")
         return plots.to_bytes(figure, "svg")
+
+
+def _draw_aim(axes: "Axes", results: Results, name: str) -> None:
+    """Where the better gate of a plain LoRA is before any deletion."""
+    line = best_gated(results, name)
+    if math.isfinite(line):
+        style: Any = {"color": plots.GREY, "linewidth": 1, "linestyle": (0, (1, 2)), "zorder": 1}
+        axes.axhline(line, **style, label="aim: a gated plain LoRA before any deletion")
 
 
 def label(row: Row) -> str:

@@ -14,13 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from llm_unlearn.errors import UserError
 from llm_unlearn.evaluation.membership import Scores, privleak
 from llm_unlearn.evaluation.statistics import Interval, across_seeds
 from llm_unlearn.evaluation.tofu import forget_quality
-from llm_unlearn.study.configurations import ALWAYS_ON, BASE, CONFIGURATIONS, PLAIN, RETRAINED
+from llm_unlearn.study.configurations import ALWAYS_ON, BASE, CONFIGURATIONS, RETRAINED
 from llm_unlearn.study.measuring import HOLDOUT, ORPHANS, PUBLIC, RETAINED, TRUTH
 from llm_unlearn.study.worlds import WORDINGS
 
+STUDY_NAME = "study.json"
 SCORES = {"probability": "probability", "rouge": "rougeL_recall", "exact": "exact"}
 NAN = math.nan
 
@@ -158,6 +160,10 @@ def _orphans(one: Measurement, found: Found) -> dict[str, float]:
         values[f"{ORPHANS} {name}"] = one.mean(f"{ORPHANS}/named", name)
     values[f"{ORPHANS} kl base"] = _divergence(one, base)
     values[f"{ORPHANS} kl retrained"] = _divergence(one, retrained)
+    rebuilt = next(
+        (c.name for c in CONFIGURATIONS if c.kind == "rebuilt" and c.before == one.key[0]), ""
+    )
+    values[f"{ORPHANS} kl rebuilt"] = _divergence(one, _beside(one, found, rebuilt))
     values["forget quality"] = values["privleak"] = NAN
     if retrained and one.key.configuration != RETRAINED.name:
         values["forget quality"] = forget_quality(
@@ -219,18 +225,27 @@ class Results:
         return {"study": dict(self.about), "cells": cells}
 
 
-def summarise(output: Path, about: Mapping[str, Any]) -> Results:
-    """All cells of a study from what has been measured so far, in the order of the table."""
+def summarise(output: Path) -> Results:
+    """All cells of a study from what has been measured so far, in the order of the table.
+
+    Raises:
+        UserError: there is no study.
+    """
+    if not (output / STUDY_NAME).is_file():
+        raise UserError(f"{output} holds no study yet: run the recipe without --report_only first")
+    about = json.loads((output / STUDY_NAME).read_bytes())
     order = [(one.name, served) for one in CONFIGURATIONS for served in one.served]
     found = read_measurements(output)
     by_key: dict[Key, list[dict[str, float]]] = {}
     for (key, _), one in found.items():
         by_key.setdefault(key, []).append(values_of(one, found))
 
-    # With nobody deleted a retrained model is the plain one.
-    for key in [key for key in by_key if key.configuration == PLAIN.name and not key.deletions]:
-        if any(other[:2] == (RETRAINED.name, key.served) for other in by_key):
-            by_key[key._replace(configuration=RETRAINED.name)] = by_key[key]
+    # With nobody deleted, a retrained model is the plain one, and a rebuilt one as it was.
+    for one in CONFIGURATIONS:
+        for served in one.served if one.before else ():
+            first, own = Key(one.before, served, 0), Key(one.name, served, 0)
+            if first in by_key and any(key[:2] == own[:2] for key in by_key):
+                by_key[own] = by_key[first]
 
     def place(key: Key) -> tuple[int, Key]:
         return order.index(key[:2]) if key[:2] in order else len(order), key

@@ -10,11 +10,10 @@ twice at once it shares the work: a configuration that another process is at is 
 """
 
 import json
-import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,84 +27,18 @@ from llm_unlearn.console import StudyProgress
 from llm_unlearn.data.partition import PartitionKey
 from llm_unlearn.data.records import Record
 from llm_unlearn.demonstration import residents
-from llm_unlearn.errors import RunError, UserError
+from llm_unlearn.errors import RunError
 from llm_unlearn.exact.arguments import S3TConfig, make_config, make_shape
 from llm_unlearn.exact.base_model import load_base
 from llm_unlearn.exact.ensemble import BASE, ShardEnsemble
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.selection import Rule
-from llm_unlearn.study.configurations import SERVED, Configuration, flags_of, slug
+from llm_unlearn.study.configurations import SERVED, Configuration, flags_of
 from llm_unlearn.study.costs import Costs, costs_of
 from llm_unlearn.study.measuring import Measured, System, measure, seconds_a_prompt, timed_prompts
-from llm_unlearn.study.worlds import World
+from llm_unlearn.study.plan import Study
 
 BUSY_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is asked for: a world, a model, and how much of everything.
-
-    Attributes:
-        deletions: after how many deletions each run is measured, ascending.
-        overrides: flags of every configuration (`passes`, `learning_rate`, ...).
-    """
-
-    output: Path
-    world: World
-    model: str
-    configurations: Sequence[Configuration]
-    seeds: int
-    deletions: Sequence[int]
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-
-    def describe(self) -> dict[str, Any]:
-        """What two calls must have in common to go on with each other's measurements."""
-        return {
-            "world": self.world.name,
-            "model": self.model,
-            "subjects": len(self.world.subjects),
-            "overrides": dict(self.overrides),
-        }
-
-    def check(self) -> None:
-        """Refuse what cannot be studied.
-
-        Raises:
-            UserError: more deletions than subjects, or no seed.
-        """
-        most = len(self.world.subjects) - 1
-        if not self.deletions or not 0 <= min(self.deletions) <= max(self.deletions) <= most:
-            raise UserError(f"--deletions: numbers from 0 to {most} (somebody has to stay)")
-        if self.seeds < 1:
-            raise UserError(f"--seeds must be at least 1, got {self.seeds}")
-
-    def claim(self) -> None:
-        """Make the output directory this study's.
-
-        Raises:
-            UserError: it holds another study.
-        """
-        path = self.output / "study.json"
-        self.output.mkdir(parents=True, exist_ok=True)
-        if path.exists() and (there := json.loads(path.read_bytes())) != self.describe():
-            raise UserError(
-                f"{self.output} holds another study ({there}): choose another --output_dir"
-            )
-        files.write_bytes(path, json.dumps(self.describe(), indent=1).encode())
-
-    def order(self, seed: int) -> list[str]:
-        """The subjects in the order of their deletion, the same for every configuration."""
-        subjects = self.world.subjects
-        return random.Random(f"study {seed}").sample(subjects, len(subjects))
-
-    def measurement(self, one: Configuration, served: str, seed: int, count: int) -> Path:
-        place = self.output / "measurements" / one.slug / slug(served) / f"seed-{seed}"
-        return place / f"{count}.json"
-
-    def counts(self, one: Configuration) -> list[int]:
-        """Before any deletion a retrained model is the plain one, and is not trained twice."""
-        return [count for count in self.deletions if count or one.kind != "retrained"]
 
 
 def run_study(study: Study, progress: StudyProgress) -> list[str]:
@@ -114,6 +47,7 @@ def run_study(study: Study, progress: StudyProgress) -> list[str]:
     Returns:
         What was left to another process.
     """
+    study.check()
     study.claim()
     torch.set_num_threads(1)
     jobs = [(one, seed) for seed in range(study.seeds) for one in study.configurations]
@@ -152,7 +86,7 @@ class Job:
 
     @property
     def path(self) -> Path:
-        return self.study.output / "runs" / self.configuration.slug / f"seed-{self.seed}"
+        return self.study.output / "runs" / self.configuration.trained_as / f"seed-{self.seed}"
 
     def rule(self, served: str) -> Rule:
         arguments, model_arguments = self._arguments()
@@ -167,8 +101,7 @@ class Job:
         deleted = self.study.order(self.seed)[:count]
         name = f"{self.configuration.name}, seed {self.seed}, {count} deletions"
         if self.configuration.kind == "base":
-            model, tokenizer = self._base()
-            self._write(missing[0], count, deleted, System(model, tokenizer), None, {})
+            self._write(missing[0], count, deleted, System(*self._base()), None, {})
             return
         with self._served_run(deleted) as (run, costs, bystanders):
             for served in missing:
@@ -225,14 +158,17 @@ class Job:
         if not deleted:
             yield trained, costs_of(trained), []
             return
-        copy = self.path / f"after-{len(deleted)}"
+        copy = self.path / f"{self.configuration.kind}-after-{len(deleted)}"
         files.remove(copy)
         shutil.copytree(trained.path, copy, symlinks=True)
         try:
             run = S3TRun.open(copy)
-            seconds = [run.delete([subject]).seconds for subject in deleted]
-            bystanders = _bystanders(trained, set(deleted))
-            yield run, costs_of(run, sum(seconds) / len(seconds)), bystanders
+            spent = [run.delete([subject]).seconds for subject in deleted]
+            seconds = sum(spent) / len(spent)
+            if self.configuration.kind == "rebuilt":
+                model, tokenizer = load_base(self.study.model)
+                seconds = sum(spent) + self._train(run, model, tokenizer)
+            yield run, costs_of(run, seconds), _bystanders(trained, set(deleted))
         finally:
             files.remove(copy)
 
@@ -256,9 +192,14 @@ class Job:
             run = S3TRun.create(
                 path, records, arguments, model, tokenizer, model_arguments, public_texts=public
             )
-        self.progress.say(f"{self.configuration.name}, seed {self.seed}: training")
-        run.train(model, tokenizer, self.progress)  # pyright: ignore[reportArgumentType]
+        self._train(run, model, tokenizer)
         return run
+
+    def _train(self, run: S3TRun, model: Any, tokenizer: Any) -> float:
+        """Train what is missing; returns the seconds."""
+        self.progress.say(f"{self.configuration.name}, seed {self.seed}: training")
+        report = run.train(model, tokenizer, self.progress)  # pyright: ignore[reportArgumentType]
+        return report.seconds
 
     def _arguments(self) -> tuple[S3TConfig, ModelConfig]:
         world = self.study.world

@@ -55,6 +55,20 @@ def test_batches_change_no_likelihood(family: str) -> None:
         assert_same(Scorer(model, tokenizer, batch_size).likelihoods(rows), expected, 2e-6)
 
 
+def test_the_next_token_is_the_one_after_the_prompt_whatever_the_batch() -> None:
+    model, tokenizer = make_tiny_model("llama"), make_tiny_tokenizer()
+    rows = items(tokenizer)
+    prompts = [[*row.prompt, *row.target[:-1]] for row in rows if row.target]
+    last = [row.target[-1] for row in rows if row.target]
+    expected = [by_hand(model, row).log_probabilities[-1] for row in rows if row.target]
+    for batch_size in (1, 3, None):
+        found = Scorer(model, tokenizer, batch_size).next_token_distributions(prompts)
+        assert np.allclose(np.exp(found).sum(axis=1), 1, atol=1e-5)
+        assert np.allclose(found[np.arange(len(last)), last], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="at least one token"):
+        Scorer(model, tokenizer).next_token_distributions([[]])
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_batches_change_no_answer(family: str) -> None:
     model, tokenizer = make_tiny_model(family), make_tiny_tokenizer()

@@ -81,8 +81,8 @@ def test_where_the_words_are_sure_the_likeliest_answers(scores: Any, expected: A
 
 def test_in_doubt_words_and_likelihood_must_agree() -> None:
     scores = means(-3.0, -1.0, -3.0)
-    assert choose(scores, 0.0, SELECT, Candidates([1, 0, 2], False)) == [Choice(1, 1.0)]
-    assert choose(scores, 0.0, SELECT, Candidates([0, 1, 2], False)) == BASE
+    assert choose(scores, -9.0, SELECT, Candidates([1, 0, 2], False)) == [Choice(1, 1.0)]
+    assert choose(scores, -9.0, SELECT, Candidates([0, 1, 2], False)) == BASE
 
 
 @pytest.fixture(scope="module")
