@@ -63,7 +63,7 @@ def measure(
         model_name_or_path=options.model, lora_r=32, lora_alpha=64, lora_dropout=0.0
     )
     arguments = S3TConfig(
-        num_slices=4, num_sequences=1, blocks=blocks, slice_data=data, max_steps=options.steps,
+        exact_method="s3t", num_slices=4, num_sequences=1, blocks=blocks, slice_data=data, max_steps=options.steps,
         learning_rate=options.learning_rate, per_device_train_batch_size=options.batch, warmup_steps=5,
         lr_scheduler_type="cosine", max_length=512, num_threads=1,
     )  # fmt: skip

@@ -8,7 +8,7 @@ beside a baseline of the same run.
 """
 
 import argparse
-import itertools
+import functools
 import sys
 import tempfile
 import time
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from trl import ModelConfig
 
 from llm_unlearn import scoring
@@ -75,16 +76,67 @@ def make_run(folder: str, subjects: int) -> S3TRun:
     return run
 
 
-def ask(ensemble: ShardEnsemble, tokenizer, prompts: list[str]) -> None:
+def ask(model, tokenizer, prompts: list[str]) -> None:
     for prompt in prompts:
         ids = torch.tensor([tokenize_open(tokenizer, prompt)])
-        ensemble.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
 
 
 def seconds_each(work: Callable[[], None], units: int) -> float:
     began = time.perf_counter()
     work()
     return (time.perf_counter() - began) / units
+
+
+def time_answers(ensemble: ShardEnsemble, tokenizer, subjects: int) -> None:
+    """One prompt at a time: by the base, by an expert in memory, and by experts that have to be loaded."""
+    people = world.private_people(subjects)
+    one = [row["prompt"] for row in world.questions(people[:1])] * 4
+    spread = [row["prompt"] for row in world.questions(people[:24])][::6]
+    base, _ = load_base(str(MODEL_PATH))
+    assert ensemble.library is not None
+    shard = next(iter(ensemble.library.directories.values()))
+    alone = PeftModel.from_pretrained(load_base(str(MODEL_PATH))[0], str(shard)).eval()
+    for model in (base, alone, ensemble):
+        ask(model, tokenizer, one)  # the first time pays for whatever happens only once
+    by_base, by_one, warm = (
+        seconds_each(functools.partial(ask, model, tokenizer, one), len(one))
+        for model in (base, alone, ensemble)
+    )
+    cold = seconds_each(lambda: ask(ensemble, tokenizer, spread), len(spread))
+    print(
+        f"an answer of 8 tokens by one adapter alone: {1000 * by_one:.1f} ms, {by_one / by_base:.2f} times the base "
+        f"model's; by an expert in memory {warm / by_one:.2f} times that, by one that has to be loaded "
+        f"{cold / by_one:.2f} times"
+    )
+
+
+def time_index_and_loading(ensemble: ShardEnsemble, subjects: int, capacity: int) -> None:
+    assert ensemble.words is not None and ensemble.library is not None
+    people = world.private_people(subjects)
+    asked = [row["prompt"] for row in world.questions(people[:: max(1, len(people) // 100)])]
+    with timed("index asked", len(asked), "ms"):
+        leads = [ensemble.words.evidence(prompt).lead for prompt in asked]
+    print(
+        f"{np.mean(np.array(leads) > ensemble.rule.lead):.0%} of the questions are decided unread"
+    )
+    names = list(ensemble.library.directories)[capacity:][: 3 * capacity]
+    with timed("an adapter loaded in the place of another", len(names), "ms"):
+        for name in names:
+            ensemble.library.require([name])
+
+
+def time_deletions(run: S3TRun, folder: str, victims: list[str]) -> None:
+    run.delete(victims[:1])
+    with timed("a deletion", len(victims) - 1, "ms"):
+        for victim in victims[1:]:
+            run.delete([victim])
+    with timed("all records read and placed again (what deleting without a store costs)"):
+        slices = run.directory.slices
+        records = [record for name in slices.names for record in slices.read(name)]
+        RunDirectory.create(
+            Path(folder, "again"), records, run.directory.config, run.directory.shape
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -96,57 +148,17 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(folder, options.subjects)
-        served = run.directory.served
+        served, rule = run.directory.served, run.directory.config.rule
         weights = [path.stat().st_size for path in served.resolve().rglob(WEIGHTS_NAME)]
         words = [path.stat().st_size for path in served.resolve().rglob("words-*")]
         print(f"bytes a unit: {np.mean(weights):.0f} of weights, {np.mean(words):.0f} of index")
         model, tokenizer = load_base(str(MODEL_PATH))
         with timed(f"ensemble opened, {options.capacity} adapters loaded, index of all built"):
-            ensemble = ShardEnsemble.from_run(
-                model, served, run.directory.config.rule, tokenizer, options.capacity
-            )
-        assert ensemble.words is not None and ensemble.library is not None
+            ensemble = ShardEnsemble.from_run(model, served, rule, tokenizer, options.capacity)
+        time_index_and_loading(ensemble, options.subjects, options.capacity)
+        time_answers(ensemble, tokenizer, options.subjects)
         people = world.private_people(options.subjects)
-        asked = [row["prompt"] for row in world.questions(people[:: max(1, len(people) // 100)])]
-        found = 0
-        with timed("index asked", len(asked), "ms"):
-            for prompt in asked:
-                found += int(ensemble.words.evidence(prompt).lead > ensemble.rule.lead)
-        print(f"{found / len(asked):.0%} of the questions are decided unread")
-        names = ensemble.library.names
-        cold = itertools.islice(itertools.cycle(names), options.capacity, 4 * options.capacity)
-        with timed("an adapter loaded in the place of another", 3 * options.capacity, "ms"):
-            for name in cold:
-                ensemble.library.require([name])
-        one = [row["prompt"] for row in world.questions(people[:1])] * 4
-        ask(ensemble, tokenizer, one)
-        warm = seconds_each(lambda: ask(ensemble, tokenizer, one), len(one))
-        spread = [row["prompt"] for row in world.questions(people[:24])][::6]
-        swapping = seconds_each(lambda: ask(ensemble, tokenizer, spread), len(spread))
-        base, _ = load_base(str(MODEL_PATH))
-        alone = seconds_each(lambda: ask_base(base, tokenizer, one), len(one))
-        print(
-            f"an answer of 8 tokens: {1000 * alone:.1f} ms by the base model, {warm / alone:.2f} times that by an "
-            f"expert in memory, {swapping / alone:.2f} times by one that has to be loaded"
-        )
-        victims = [person.name for person in people[:5]]
-        for victim in victims[:1]:
-            run.delete([victim])
-        with timed("a deletion", len(victims) - 1, "ms"):
-            for victim in victims[1:]:
-                run.delete([victim])
-        with timed("all records read and placed again (what deleting without a store costs)"):
-            records = [
-                r for name in run.directory.slices.names for r in run.directory.slices.read(name)
-            ]
-            config, shape = run.directory.config, run.directory.shape
-            RunDirectory.create(Path(folder, "again"), records, config, shape)
-
-
-def ask_base(model, tokenizer, prompts: list[str]) -> None:
-    for prompt in prompts:
-        ids = torch.tensor([tokenize_open(tokenizer, prompt)])
-        model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        time_deletions(run, folder, [person.name for person in people[:5]])
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ FLAGS = {
         "--per_device_train_batch_size", "12",
     ),
     "experts": (
-        *COMMON, "--lora_r", "8", "--lora_alpha", "16", "--num_train_epochs", "60", "--num_shards", "12",
-        "--per_device_train_batch_size", "12", "--select_floor", "-3.5",
+        *COMMON, "--lora_r", "8", "--lora_alpha", "16", "--num_train_epochs", "60",
+        "--per_device_train_batch_size", "12",
     ),
 }  # fmt: skip
 

@@ -9,15 +9,15 @@
         the columns text | prompt, completion | question, answer | messages.
 
 What a run is made of:
-    --exact_method s3t      blocks on top of each other (the S3T paper)
-                   experts  one LoRA for each shard that depends on nothing else
+    --exact_method experts  one LoRA for each subject (or shard) that depends on nothing else
+                   s3t      blocks on top of each other (the S3T paper)
                    sisa     one LoRA for each shard, slice after slice, with checkpoints
                    lego     each record in the shards whose public keys it resembles
-    --aggregate average|vote|merge|select|mixture   who answers: all shards, or those that the
-                            prompt is for (lego: nearest)
-    --num_shards m          members of the ensemble (1); experts: 0 for one for each subject
-    --num_slices L          slices of a shard, the granularity of deletion (4)
-    --num_sequences B       orders in which each shard is trained (2)
+    --aggregate select|mixture|average|vote|merge   who answers: those that the prompt is for, or
+                            all shards (experts: select; lego: nearest; else average)
+    --num_shards m          members of the ensemble (s3t: 1), or experts (0: one for each subject)
+    --num_slices L          slices of a shard, the granularity of deletion (s3t: 4)
+    --num_sequences B       orders in which each shard is trained (s3t: 2)
     --blocks ranks|layers   what a stage owns: a band of ranks in every layer, or, as in the S3T
                             paper, a group of layers from the top (ranks; sisa: the whole adapter)
     --slice_data cumulative|disjoint   what a stage sees: all slices so far, or its own (cumulative)
@@ -34,6 +34,7 @@ import sys
 from pathlib import Path
 
 from llm_unlearn.console import print_table, run_and_exit, training_progress, warn
+from llm_unlearn.errors import UserError
 from llm_unlearn.launch import check_processes, expand_help, wants_short_help
 
 
@@ -65,6 +66,11 @@ def main(argv: list[str]) -> None:
     # Whatever can be wrong with flags and data is found before a large model is loaded. A run that
     # is there keeps its own records, so the data is not read again.
     config = make_config(arguments, model_arguments)
+    if config.num_shards == 0 and not data.names_subjects:
+        raise UserError(
+            "every record is a subject of its own and would get an adapter of its own: say who can ask "
+            "for deletion with --subject_column or --rows_per_subject, or give --num_shards"
+        )
     is_new = not Path(arguments.output_dir, "run.json").exists()
     is_read = is_new and state.is_main_process
     records, core = (load_records(data), load_core(data)) if is_read else ([], [])

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,11 @@ from llm_unlearn.data.records import Record, canonical, make_records
 from llm_unlearn.exact import training
 from llm_unlearn.exact.adapters import expected_shapes
 from llm_unlearn.exact.arguments import S3TConfig, make_config, make_shape
-from llm_unlearn.exact.config import ModelShape
+from llm_unlearn.exact.config import ModelShape, RunConfig
+from llm_unlearn.exact.keys import Keys
 from llm_unlearn.exact.node_training import NodeTask
 from llm_unlearn.exact.run import S3TRun
+from llm_unlearn.exact.slices import Placement
 from llm_unlearn.exact.store import RunDirectory
 
 VOCABULARY = 384
@@ -141,7 +144,8 @@ def core_records(subjects: int = 3) -> list[Record]:
 def tiny_arguments(**options: Any) -> S3TConfig:
     """Two steps a node: enough for every bit to move."""
     defaults: dict[str, Any] = {
-        "num_shards": 1, "num_slices": 3, "num_sequences": 2, "max_steps": 2, "per_device_train_batch_size": 4,
+        "exact_method": "s3t", "num_shards": 1, "num_slices": 3, "num_sequences": 2, "max_steps": 2,
+        "per_device_train_batch_size": 4,
         "learning_rate": 1e-2, "max_length": 64, "use_cpu": True, "bf16": False,
     }  # fmt: skip
     if options.get("blocks") == "whole":
@@ -160,6 +164,22 @@ def load_tiny(base: Path) -> tuple[PreTrainedModel, Any]:
     ).eval(), AutoTokenizer.from_pretrained(base)
 
 
+def placed_by_id(shards: int, copies: int) -> Placement:
+    """A placement that needs no model: `copies` neighbouring shards, told by the record's id."""
+
+    def shards_of(record: Record) -> list[int]:
+        return [(int(record.id[:8], 16) + copy) % shards for copy in range(copies)]
+
+    return Placement(shards_of, Keys(np.eye(shards, 32, dtype=np.float32), copies).to_bytes())
+
+
+def placed(config: RunConfig, placement: Placement | None) -> RunConfig:
+    """The configuration of a run whose records public keys place."""
+    if placement is None:
+        return config
+    return replace(config, keys=hashlib.sha256(placement.keys).hexdigest())
+
+
 def make_run(
     path: Path,
     base: Path,
@@ -168,6 +188,7 @@ def make_run(
     train: bool = True,
     lora: dict[str, Any] | None = None,
     core: Sequence[Record] = (),
+    placement: Placement | None = None,
     **options: Any,
 ) -> S3TRun:
     """A run with a fixed partition key, trained unless told otherwise."""
@@ -177,10 +198,11 @@ def make_run(
         RunDirectory.create(
             path,
             records if records is not None else tiny_records(),
-            make_config(tiny_arguments(**options), model_arguments),
+            placed(make_config(tiny_arguments(**options), model_arguments), placement),
             make_shape(model, tokenizer, model_arguments),
             PartitionKey.from_phrase(key),
             core=core,
+            placement=placement,
         )
     )
     if train:
@@ -237,14 +259,22 @@ def tiny_shape() -> ModelShape:
 
 
 def make_stub_run(
-    path: Path, records: list[Record], core: Sequence[Record] = (), **options: Any
+    path: Path,
+    records: list[Record],
+    core: Sequence[Record] = (),
+    placement: Placement | None = None,
+    **options: Any,
 ) -> S3TRun:
     """A run for `stub_train_node`: same records, trie, ledger and files, no training."""
-    config = make_config(
-        tiny_arguments(prefix_cache=False, **options), ModelConfig(lora_r=6, lora_alpha=12)
-    )
+    arguments = tiny_arguments(prefix_cache=False, **options)
+    config = make_config(arguments, ModelConfig(lora_r=6, lora_alpha=12))
     key = PartitionKey.from_phrase("stub")
-    return S3TRun(RunDirectory.create(path, records, config, tiny_shape(), key, core=core))
+    config = placed(config, placement)
+    return S3TRun(
+        RunDirectory.create(
+            path, records, config, tiny_shape(), key, core=core, placement=placement
+        )
+    )
 
 
 def train_stub(run: S3TRun) -> None:

@@ -127,6 +127,15 @@ class DataArguments:
         return self.dataset_name is None and self.dataset_path is None
 
     @property
+    def names_subjects(self) -> bool:
+        """Whether subjects are more than single records."""
+        return (
+            self.is_demonstration
+            or self.subject_column is not None
+            or self.rows_per_subject is not None
+        )
+
+    @property
     def source(self) -> dict[str, Any]:
         """What the run remembers of where its records came from."""
         return {name: value for name, value in vars(self).items() if value is not None}

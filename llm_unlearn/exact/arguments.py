@@ -69,7 +69,8 @@ REFUSED: dict[str, str] = {
 
 
 # What is meant where a flag is not given. An expert is a shard of one slice: a LoRA on all layers,
-# trained on nothing else, with enough steps, on whole sequences, so that a prompt tells whose it is.
+# trained on nothing else, with enough steps, on whole sequences, so that a prompt tells whose it is;
+# and if each subject has one, a deletion costs nobody else anything (recipes/exact_study.py).
 # SISA has one order of slices: a stage continues the one before it, so another order is another run.
 PRESETS: dict[str, dict[str, Any]] = {
     "s3t": {
@@ -77,7 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blocks": "ranks", "completion_only_loss": True, "aggregate": "average",
     },
     "experts": {
-        "num_shards": 16, "num_slices": 1, "num_sequences": 1, "num_train_epochs": 25.0,
+        "num_shards": 0, "num_slices": 1, "num_sequences": 1, "num_train_epochs": 25.0,
         "blocks": "ranks", "completion_only_loss": False, "aggregate": "select",
     },
     "lego": {
@@ -97,9 +98,9 @@ class S3TConfig(SFTConfig):
 
     output_dir: str | None = field(default="runs/s3t", metadata={"help": "The run directory."})
     exact_method: str = field(
-        default="s3t",
+        default="experts",
         metadata={
-            "help": "s3t, experts (a LoRA for each shard, trained on its own), sisa (a LoRA for "
+            "help": "experts (a LoRA for each shard, trained on its own), s3t (the paper's), sisa (a LoRA for "
             "each shard, trained slice after slice with checkpoints) or lego (each record in the "
             "shards whose public keys it resembles)."
         },
@@ -107,8 +108,8 @@ class S3TConfig(SFTConfig):
     num_shards: int = field(
         default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
-            "help": "Shards m: members of the ensemble, or experts; 0: one for each subject (1; "
-            "experts: 16; sisa: 4)."
+            "help": "Shards m: members of the ensemble, or experts; 0: one for each subject "
+            "(experts: 0; s3t: 1; sisa: 4; lego: 12)."
         },
     )
     copies: int = field(
@@ -121,18 +122,18 @@ class S3TConfig(SFTConfig):
     num_slices: int = field(
         default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
-            "help": "Slices L of a shard: the granularity of deletion (4; experts: 1; sisa: 3)."
+            "help": "Slices L of a shard: the granularity of deletion (experts, lego: 1; s3t: 4; sisa: 3)."
         },
     )
     num_sequences: int = field(
         default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={"help": "Sequences B per shard: the training budget (2; experts, sisa: 1)."},
+        metadata={"help": "Sequences B per shard: the training budget (1; s3t: 2)."},
     )
     aggregate: str | None = field(
         default=None,
         metadata={
             "help": "How shards answer: average, vote or merge (one adapter) of all, or select or "
-            "mixture of those that a prompt is for, else the base (average; experts: select; "
+            "mixture of those that a prompt is for, else the base (experts: select; else average; "
             "lego: nearest, the mean of those whose keys the prompt resembles)."
         },
     )
@@ -186,7 +187,7 @@ class S3TConfig(SFTConfig):
     )
     num_train_epochs: float = field(
         default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={"help": "Epochs of every node over its own data (5; experts: 25)."},
+        metadata={"help": "Epochs of every node over its own data (experts, lego: 25; else 5)."},
     )
     gradient_checkpointing: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None, metadata={"help": "Old name of --activation_checkpointing."}

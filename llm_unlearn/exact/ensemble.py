@@ -324,7 +324,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         if self.num_shards == 1 and set(names) == set(self.adapters) - {self.nobody}:
             names = None  # the one adapter is active since it was loaded: no bookkeeping by rows
         elif self.library is not None:
-            self.library.require(names)
+            names = self.library.require(names)
         return self.model(
             input_ids=routing.spread(input_ids),
             attention_mask=None if mask is None else routing.spread(mask),

@@ -65,7 +65,7 @@ class S3TRun:
     """An exact run: train it, delete from it, rebuild it, verify it, serve it.
 
     Example:
-        >>> run = S3TRun.create("runs/mine", records, S3TConfig(num_slices=4), model, tokenizer)
+        >>> run = S3TRun.create("runs/mine", records, S3TConfig(), model, tokenizer)
         >>> run.train(model, tokenizer)
         >>> run.delete(["Ada Lovelace"])
     """

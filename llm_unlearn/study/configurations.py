@@ -69,20 +69,22 @@ RETRAINED = Configuration(
     "retrained plain LoRA", (ALWAYS_ON, GATED), ONE_LORA, kind="retrained", before=PLAIN.name
 )
 EXPERTS: dict[str, Any] = {"exact_method": "experts", "lora_r": 8}
+S3T: dict[str, Any] = {"exact_method": "s3t"}
 PER_EXPERT = {"demonstration": 4, "tofu": 4}  # subjects
 
 CONFIGURATIONS: tuple[Configuration, ...] = (
     BASE,
     PLAIN,
     RETRAINED,
-    Configuration("S3T", (ALWAYS_ON, GATED), {"num_shards": 1, "num_slices": 4, "num_sequences": 2}),
+    Configuration("S3T", (ALWAYS_ON, GATED), S3T | {"num_shards": 1, "num_slices": 4, "num_sequences": 2}),
     # It learns whole sequences, so that a prompt in doubt can tell whose it is.
     Configuration(
         "S3T m=4", (ALWAYS_ON, GATED, "mixture"),
-        {"num_shards": 4, "num_slices": 3, "num_sequences": 1, "completion_only_loss": False},
+        S3T | {"num_shards": 4, "num_slices": 3, "num_sequences": 1, "completion_only_loss": False},
     ),
     Configuration(
-        "S3T layers", (ALWAYS_ON,), {"num_slices": 4, "num_sequences": 2, "blocks": "layers"}, is_small=False
+        "S3T layers", (ALWAYS_ON,), S3T | {"num_slices": 4, "num_sequences": 2, "blocks": "layers"},
+        is_small=False,
     ),
     Configuration(
         "SISA m=4", (ALWAYS_ON, GATED), {"exact_method": "sisa", "num_shards": 4, "num_slices": 3}, is_small=False

@@ -16,6 +16,7 @@ import pytest
 from llm_unlearn import files
 from llm_unlearn.exact.ledger import Ledger
 from llm_unlearn.exact.run import S3TRun
+from tests.exact.methods import METHODS
 from tests.tiny import (
     core_records,
     load_tiny,
@@ -33,6 +34,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "whole": {"num_slices": 2, "blocks": "whole"},
     "core": {"num_slices": 1, "num_sequences": 1, "core": core_records()},
 }
+# Deletions also where shards vanish, and where a subject is in several.
+MORE = {name: METHODS[name] for name in ("experts by subject", "lego")}
 VICTIM = "person 4"
 
 
@@ -102,7 +105,7 @@ def every_point(
 
 @pytest.fixture(params=SHAPES)
 def shape(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return SHAPES[request.param]
+    return (SHAPES | MORE)[request.param]
 
 
 @pytest.fixture
@@ -150,6 +153,7 @@ def test_creation_survives_kill_9_at_every_point(tmp_path: Path, shape: dict[str
     )
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, *MORE], indirect=True)
 def test_deletion_survives_kill_9_at_every_point(
     reference: Path, tmp_path: Path, shape: dict[str, Any]
 ) -> None:
