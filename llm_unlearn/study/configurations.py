@@ -109,7 +109,7 @@ TRAINING: dict[str, dict[str, Any]] = {
         "max_length": 64,
     },
     "tofu": {
-        "passes": 30, "per_device_train_batch_size": 20, "learning_rate": 2e-3, "lora_r": 32,
+        "passes": 30, "per_device_train_batch_size": 10, "learning_rate": 5e-3, "lora_r": 32,
         "max_length": 512,
     },
 }  # fmt: skip
