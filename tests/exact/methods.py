@@ -5,7 +5,7 @@ from typing import Any
 from tests.tiny import core_records, placed_by_id
 
 LEGO = {
-    "exact_method": "lego", "num_shards": 4, "num_slices": 1, "num_sequences": 1, "copies": 2, "aggregate": "nearest",
+    "exact_method": "lego", "num_shards": 7, "num_slices": 1, "num_sequences": 1, "copies": 2, "aggregate": "nearest",
 }  # fmt: skip
 OWN = {"exact_method": "experts", "num_shards": 0, "num_slices": 1, "num_sequences": 1}
 
@@ -17,7 +17,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "experts": {"exact_method": "experts", "num_shards": 3, "num_slices": 1, "num_sequences": 1},
     "experts by subject": OWN,
     "experts on a core": {**OWN, "num_shards": 2, "core": core_records()},
-    "lego": {**LEGO, "placement": placed_by_id(4, 2)},
+    "lego": {**LEGO, "placement": placed_by_id(7, 2)},
 }
 
 
