@@ -41,6 +41,9 @@ class PartitionKey:
         self._inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in block))
         self._outer = hashlib.sha256(bytes(byte ^ 0x5C for byte in block))
 
+    def __deepcopy__(self, memo: object) -> "PartitionKey":
+        return self  # it never changes, and states of hash functions cannot be copied
+
     @classmethod
     def random(cls) -> "PartitionKey":
         return cls(secrets.token_bytes(KEY_BYTES))

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llm_unlearn.data.partition import PartitionKey
 from llm_unlearn.exact.keys import Keys, middle
 from llm_unlearn.exact.library import CAPACITY, Library
+from llm_unlearn.exact.mixing import Mixing
 from llm_unlearn.exact.routing import BASE, Routing
 from llm_unlearn.exact.selection import (
     NOTHING,
@@ -74,6 +75,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         self.model = model
         self.adapters = adapters
         self.rule = rule or Rule()
+        self.mixing = Mixing(model)
         self.library = library
         self.words = words
         self.keys = keys
@@ -320,17 +322,15 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             else value
             for name, value in options.items()
         }
-        names: list[str] | None = routing.names
-        if self.num_shards == 1 and set(names) == set(self.adapters) - {self.nobody}:
-            names = None  # the one adapter is active since it was loaded: no bookkeeping by rows
-        elif self.library is not None:
+        names = routing.names
+        if self.library is not None:
             names = self.library.require(names)
-        return self.model(
-            input_ids=routing.spread(input_ids),
-            attention_mask=None if mask is None else routing.spread(mask),
-            adapter_names=names,
-            **given,
-        )
+        with self.mixing.batch(names, input_ids.device):
+            return self.model(
+                input_ids=routing.spread(input_ids),
+                attention_mask=None if mask is None else routing.spread(mask),
+                **given,
+            )
 
     @torch.no_grad()
     def vote(

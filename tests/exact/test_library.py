@@ -1,12 +1,15 @@
 """Adapters in memory: few slots for many adapters must answer as if all were loaded."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
+from llm_unlearn.data.partition import SliceName
 from llm_unlearn.exact.ensemble import ShardEnsemble
 from llm_unlearn.exact.library import Library
+from llm_unlearn.exact.mixing import Mixing
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.selection import Rule
 from tests.tiny import load_tiny, make_run
@@ -67,6 +70,43 @@ def test_adapters_of_other_shapes_are_loaded_anew(tiny_base: Path, tmp_path: Pat
     assert one._config("shard-0")["r"] != one._config("shard-1")["r"]
     for name in ("shard-0", "shard-1", "shard-0"):
         assert torch.equal(logits_of(one, name, ids), logits_of(everybody, name, ids))
+
+
+@pytest.mark.parametrize("blocks", ["ranks", "layers"])
+def test_mixed_rows_compute_what_peft_does(tiny_base: Path, tmp_path: Path, blocks: str) -> None:
+    """Shards of different depths: other ranks, or other layers, and rows of the base between them."""
+    run = make_run(
+        tmp_path / "run", tiny_base, num_shards=2, num_slices=3, num_sequences=1, blocks=blocks
+    )
+    gone = next(r.subject for r in run.directory.slices.read(SliceName(0, 1)))
+    run.delete([gone])
+    tokenizer = load_tiny(tiny_base)[1]
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]] * 5)
+    ids[:, 3] = torch.arange(20, 25)
+    library = Library(load_tiny(tiny_base)[0], run.directory.served, capacity=None)
+    for names in (
+        ["shard-1", "__base__", "shard-0", "shard-1", "shard-0"],
+        ["shard-0"] * 5,
+        ["__base__"] * 5,
+        ["shard-0", "__base__", "__base__", "shard-0", "__base__"],
+    ):
+        slots = library.require(names)
+        with torch.no_grad():
+            expected = library.model(input_ids=ids, adapter_names=slots).logits
+            mixing = Mixing(library.model)
+            with mixing.batch(slots, ids.device):
+                got = library.model(input_ids=ids).logits
+            again = library.model(input_ids=ids, adapter_names=slots).logits
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(again, expected), "outside a batch of rows the layers are PEFT's"
+
+
+def test_a_copy_of_an_ensemble_is_whole(run: S3TRun, tiny_base: Path) -> None:
+    ids = torch.tensor([load_tiny(tiny_base)[1](PROMPT)["input_ids"]])
+    ensemble = run.ensemble()
+    with torch.no_grad():
+        expected = ensemble(input_ids=ids).logits
+        assert torch.equal(copy.deepcopy(ensemble)(input_ids=ids).logits, expected)
 
 
 def test_merged_adapters_are_the_mean_of_their_updates(run: S3TRun, tiny_base: Path) -> None:

@@ -1,0 +1,111 @@
+"""Every row of a batch under its own adapter, in two batched products a layer.
+
+PEFT computes such batches adapter after adapter and hangs hooks on every layer for each forward pass, which
+costs several times the model itself where adapters are many and small. The adapters stay PEFT's: only the
+forward pass of its LoRA layers is replaced, and only while a batch says which row is whose.
+"""
+
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from llm_unlearn.exact.routing import BASE
+
+PARTS = ("lora_A", "lora_B")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Whose the rows of a batch are.
+
+    Attributes:
+        adapters: the different ones.
+        index: for each row under an adapter its place in `adapters`, (r,).
+        positions: which rows those are, (r,); None for all.
+    """
+
+    adapters: tuple[str, ...]
+    index: torch.Tensor
+    positions: torch.Tensor | None
+
+    @classmethod
+    def of(cls, names: Sequence[str], device: torch.device) -> "Rows":
+        adapters = tuple(dict.fromkeys(name for name in names if name != BASE))
+        positions = [row for row, name in enumerate(names) if name != BASE]
+        index = torch.tensor([adapters.index(names[row]) for row in positions], device=device)
+        is_all = len(positions) == len(names)
+        return cls(adapters, index, None if is_all else torch.tensor(positions, device=device))
+
+
+class Mixing:
+    """Takes over the LoRA layers of a model. Adapters are in evaluation: dropout does not act.
+
+    Args:
+        model: its layers go on as PEFT's where no rows are set.
+    """
+
+    def __init__(self, model: PeftModel):
+        self.rows: Rows | None = None
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                _take_over(layer, self)
+
+    @contextmanager
+    def batch(self, names: Sequence[str], device: torch.device) -> Iterator[None]:
+        """Within it, row i is computed under `names[i]`, or by the base model alone."""
+        self.rows = Rows.of(names, device)
+        try:
+            yield
+        finally:
+            self.rows = None
+
+
+def _take_over(layer: Any, mixing: Mixing) -> None:
+    """Everything is kept with the layer, so that a copy of the model is a copy of all of it."""
+    if "mixing" not in vars(layer):
+        layer.forward_unmixed = layer.forward
+        layer.forward = types.MethodType(_forward, layer)
+    layer.mixing = mixing
+
+
+def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+    rows = layer.mixing.rows
+    if rows is None:
+        return layer.forward_unmixed(x, *arguments, **options)
+    result = layer.base_layer(x, *arguments, **options)
+    held = [name for name in rows.adapters if name in layer.lora_A]
+    if not held:
+        return result
+    own = x if rows.positions is None else x[rows.positions]
+    update = _update(layer, own, rows, held).to(result.dtype)
+    if rows.positions is None:
+        return result + update
+    return result.index_add(0, rows.positions, update)
+
+
+def _update(layer: Any, x_rTI: torch.Tensor, rows: Rows, held: list[str]) -> torch.Tensor:
+    """What the adapters add to their rows: (r, T, O)."""
+    dtype = layer.lora_A[held[0]].weight.dtype
+    x_rTI = x_rTI.to(dtype)
+    if len(rows.adapters) == 1:
+        name = held[0]
+        return layer.lora_B[name](layer.lora_A[name](x_rTI)) * layer.scaling[name]
+    rank = max(layer.lora_A[name].weight.shape[0] for name in held)
+    down, up = [], []
+    for name in rows.adapters:
+        if name in layer.lora_A:
+            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
+        else:  # an adapter that does not touch this layer
+            A, B = (torch.zeros_like(getattr(layer, part)[held[0]].weight) for part in PARTS)
+        missing = rank - A.shape[0]
+        down.append(nn.functional.pad(A, (0, 0, 0, missing)) if missing else A)
+        up.append(nn.functional.pad(B, (0, missing)) if missing else B)
+    hidden_rTk = torch.bmm(x_rTI, torch.stack(down)[rows.index].transpose(1, 2))
+    return torch.bmm(hidden_rTk, torch.stack(up)[rows.index].transpose(1, 2))
