@@ -30,7 +30,8 @@ from llm_unlearn.demonstration import residents
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact.arguments import S3TConfig, make_config, make_shape
 from llm_unlearn.exact.base_model import load_base
-from llm_unlearn.exact.ensemble import BASE, ShardEnsemble
+from llm_unlearn.exact.deletion import depths_served
+from llm_unlearn.exact.ensemble import ShardEnsemble
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.selection import Rule
 from llm_unlearn.study.configurations import SERVED, Configuration, flags_of
@@ -219,11 +220,12 @@ class Job:
         """Seconds a prompt of the system, and of one adapter alone, in the same process."""
         prompts = timed_prompts(system, self.study.world)
         tokens = self.study.world.new_tokens
-        shard = next((name for name in system.model.adapters if name != BASE), None)
+        shard = next((s for s, depth in depths_served(run.directory).items() if depth), None)
         if shard is None:
             return {}
         model, _ = self._base()
-        alone = PeftModel.from_pretrained(model, str(run.directory.served / shard)).eval()
+        directory = run.directory.served / run.directory.member_name(shard)
+        alone = PeftModel.from_pretrained(model, str(directory)).eval()
         return seconds_a_prompt(system, alone, prompts, tokens)
 
 
