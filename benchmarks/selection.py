@@ -91,12 +91,14 @@ def seconds(model, tokenizer, rows: list[dict[str, str]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True, help="experts trained on the demonstration")
-    run = S3TRun.open(parser.parse_args().run)
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
+    options = parser.parse_args()
+    run = S3TRun.open(options.run)
     scoring.quiet()
     groups = groups_of(run)
     print("| rule | " + " | ".join(f"{name} ({len(rows)})" for name, rows in groups.items()) + " |")
     print("|---" * (len(groups) + 1) + "|")
-    for name in RULES:
+    for name in options.rules:
         ensemble, tokenizer = ensemble_of(run, name)
         found = [shares(ensemble, tokenizer, rows) if rows else (0, 0) for rows in groups.values()]
         cells = [f"{right:.0%} right, {base:.0%} base" for base, right in found]
@@ -105,7 +107,7 @@ def main() -> None:
     shard = next(f"shard-{s}" for s, depth in depths_served(run.directory).items() if depth)
     alone = PeftModel.from_pretrained(model, str(run.directory.served / shard)).eval()
     one = seconds(alone, tokenizer, groups["own"])
-    for name in RULES:
+    for name in options.rules:
         ensemble, tokenizer = ensemble_of(run, name)
         spent = seconds(ensemble, tokenizer, groups["own"])
         print(f"{name}: {1000 * spent:.1f} ms a prompt, {spent / one:.1f} times one adapter alone")

@@ -7,6 +7,7 @@ prompt decides who answers (`selection.py`). On a permanent core, the core answe
 rules are constants, so the ensemble is a function of what is served only.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ from llm_unlearn.exact.selection import (
     everybody,
 )
 from llm_unlearn.exact.store import KEYS_NAME
-from llm_unlearn.exact.words import Words
+from llm_unlearn.exact.words import Words, asked_in
 
 TOKENS_READ_AT_ONCE = 4096
 
@@ -192,6 +193,12 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             return super().generate(*arguments, **options)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self._routing = None
+
+    def asked_in(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The part of a conversation that decides who answers now, for `generate(asked=...)`."""
+        if self.words is None:
+            raise ValueError("only an ensemble that finds subjects by their words follows a topic")
+        return asked_in(messages, self.words.is_telling)
 
     def choose(
         self,

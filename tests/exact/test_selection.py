@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -21,6 +22,7 @@ from llm_unlearn.exact.selection import (
     Score,
     choose,
 )
+from llm_unlearn.exact.words import Evidence
 from tests.tiny import load_tiny, make_run, node_bytes, tiny_arguments, tiny_records
 
 SELECT = Rule("select", margin=0.5)
@@ -217,6 +219,57 @@ def test_after_a_deletion_it_decides_as_if_the_subject_had_never_been(
     assert torch.equal(*logits)
 
 
+def test_words_choose_and_a_conversation_follows_its_topic(run: S3TRun, tiny_base: Path) -> None:
+    """Of several turns only those that ask decide, and the answer is that of the shard they name."""
+    tokenizer = load_tiny(tiny_base)[1]
+
+    class Named:
+        """Stands in for the index: shard `n` is meant where its name is in the text."""
+
+        def __init__(self) -> None:
+            self.tokenizer = tokenizer
+
+        def evidence(self, text: str) -> Evidence:
+            coverage = np.array([float(f"name-{shard}" in text) for shard in range(3)])
+            return Evidence(coverage, coverage.max())
+
+        def is_telling(self, text: str) -> bool:
+            return "name-" in text
+
+    ensemble = run.ensemble()
+    ensemble.words = Named()  # pyright: ignore[reportAttributeAccessIssue]
+    talk = [
+        {"role": "user", "content": "What does name-1 eat?"},
+        {"role": "assistant", "content": "Not what name-2 eats."},
+        {"role": "user", "content": "And on day 2?"},
+    ]
+    text = "\n".join(turn["content"] for turn in talk)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    asked = ensemble.asked_in(talk)
+    assert asked == "What does name-1 eat?\nAnd on day 2?"
+    assert ensemble.choose(ids, asked=[asked]) == [[Choice(1, 1.0)]]
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    said = ensemble.generate(input_ids=ids, asked=[asked], **options)
+    one = PeftModel.from_pretrained(
+        load_tiny(tiny_base)[0], str(run.directory.served / "shard-1")
+    ).eval()
+    assert torch.equal(said, one.generate(input_ids=ids, **options))
+    talk += [{"role": "user", "content": "And name-2?"}]
+    assert ensemble.choose(ids, asked=[ensemble.asked_in(talk)]) == [[Choice(2, 1.0)]]
+    ensemble.words = None
+    with pytest.raises(ValueError, match="by their words"):
+        ensemble.asked_in(talk)
+
+
+def test_a_certificate_says_who_answers(tiny_base: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_base, **EXPERTS)
+    done = run.delete(["person 3"])
+    assert done.request is not None
+    assert run.certificate(done.request)["answers_by"] == {
+        "aggregate": "select", "margin": 0.0, "floor": None, "lead": 0.4, "candidates": 4,
+    }  # fmt: skip
+
+
 def test_a_dead_expert_is_never_chosen(tiny_base: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", tiny_base, **EXPERTS)
     run.delete(["person 3"])
@@ -237,6 +290,7 @@ def test_a_dead_expert_is_never_chosen(tiny_base: Path, tmp_path: Path) -> None:
         ({"aggregate": "sum"}, "--aggregate must be one of"),
         ({"select_margin": -0.1}, "--select_margin"),
         ({"select_floor": 0.5}, "--select_floor"),
+        ({"select_lead": 1.5}, "--select_lead is a part"),
     ],
 )
 def test_impossible_choices_are_one_line(
