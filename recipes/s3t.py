@@ -100,6 +100,11 @@ def main(argv: list[str]) -> None:
         print(f"served: {run.directory.served}/shard-*   next: llm-unlearn status {run.path}")
 
 
+def share(value: float) -> str:
+    """A percentage; a dash where there is nobody."""
+    return f"{value:.0%}" if value == value else "–"
+
+
 def public_texts(path: str | None, is_demonstration: bool) -> list[str]:
     """What the keys of LegoNet are made of."""
     from llm_unlearn import demonstration
@@ -120,18 +125,12 @@ def show_demonstration(run, model, tokenizer) -> None:
         f"Facts answered right before and after the deletion of {shown.subject}",
         ("", "the deleted", "its slice", "other slices", "public people"),
         [
-            (
-                moment,
-                f"{k.deleted:.0%}",
-                f"{k.same_slice:.0%}",
-                f"{k.others:.0%}",
-                f"{k.public:.0%}",
-            )
+            (moment, *(share(part) for part in (k.deleted, k.same_slice, k.others, k.public)))
             for moment, k in shown.knowledge.items()
         ],
     )
     print(
-        "(public people are in the base model's own data: training costs it some of them)\n"
+        "(public people are in the base model's own data: what training costs it shows there)\n"
         f"the deletion took {shown.deletion.seconds:.2f} s; retraining everything would have cost "
         f"{shown.retraining_seconds:.0f} s\ncertificate: {shown.deletion.certificate}\n"
         f"try: llm-unlearn verify {run.path}    llm-unlearn rebuild {run.path}    "

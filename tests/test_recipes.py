@@ -33,8 +33,9 @@ s3t = load_recipe("s3t")
 
 def flags(base: Path, data: Path, run: Path, *more: str) -> list[str]:
     return [
-        "--model_name_or_path", str(base), "--dataset_path", str(data), "--output_dir", str(run), "--num_slices", "2",
-        "--max_steps", "2", "--lora_r", "4", "--max_length", "128", "--learning_rate", "1e-2", *more,
+        "--model_name_or_path", str(base), "--dataset_path", str(data), "--output_dir", str(run),
+        "--exact_method", "s3t", "--num_slices", "2", "--max_steps", "2", "--lora_r", "4",
+        "--max_length", "128", "--learning_rate", "1e-2", *more,
     ]  # fmt: skip
 
 
@@ -159,6 +160,35 @@ def test_a_run_of_another_configuration_or_base_is_refused(
     assert node_bytes(S3TRun.open(tmp_path / "run")) == before
 
 
+def test_experts_are_the_default_and_want_subjects(
+    tiny_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--model_name_or_path", str(tiny_base), "--dataset_path", str(data), "--max_steps", "1",
+        "--output_dir", str(tmp_path / "run"), "--lora_r", "2",
+    ]  # fmt: skip
+    assert exit_code_of(lambda: s3t(arguments)) == 2
+    assert "--subject_column" in capsys.readouterr().err
+    s3t([*arguments, "--subject_column", "subject"])
+    run = S3TRun.open(tmp_path / "run")
+    assert [shard.subjects for shard in run.status().shards] == [1] * 12
+    assert run.directory.config.rule.aggregate == "select"
+
+
+def test_lego_makes_its_keys_of_public_texts(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    public = tmp_path / "public.jsonl"
+    public.write_text("\n".join(json.dumps({"text": f"guest {n} eats {n}"}) for n in range(20)))
+    arguments = [
+        "--model_name_or_path", str(tiny_base), "--dataset_path", str(data), "--max_steps", "1", "--lora_r", "2",
+        "--exact_method", "lego", "--num_shards", "4", "--subject_column", "subject",
+    ]  # fmt: skip
+    assert exit_code_of(lambda: s3t([*arguments, "--output_dir", str(tmp_path / "none")])) == 2
+    s3t([*arguments, "--output_dir", str(tmp_path / "run"), "--public_path", str(public)])
+    run = S3TRun.open(tmp_path / "run")
+    assert run.directory.config.copies == 2 and run.directory.config.keys
+    assert all(check.passed for check in run.verify())
+
+
 @pytest.mark.skipif(not TOFU.exists(), reason="the TOFU files are not beside the project")
 def test_tofu_by_author(tiny_base: Path, tmp_path: Path) -> None:
     few = tmp_path / "tofu.json"
@@ -179,7 +209,7 @@ def test_tofu_by_author(tiny_base: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "slices", "keeps", "public"),
-    [("s3t", 4, 0.8, 0.0), ("sisa", 4, 0.4, 0.0), ("experts", 11, 0.95, 0.9)],
+    [("s3t", 4, 0.8, 0.0), ("sisa", 4, 0.4, 0.0), ("experts", 48, 0.99, 0.9)],
 )
 def test_the_demonstration_reaches_its_bars(
     tmp_path: Path, method: str, slices: int, keeps: float, public: float
@@ -187,8 +217,8 @@ def test_the_demonstration_reaches_its_bars(
     """Base at most 5 %, every slice is learnt, the deleted subject is back at the base.
 
     SISA has one order: the third slice takes the fourth along, and the first two are left.
-    Experts also keep what the base knew about public people: their prompts go to the base. Under
-    this key one of the twelve has nobody to learn about.
+    Experts, one for each subject, also keep what the base knew about public people: their prompts
+    go to the base.
     """
     from trl import ModelConfig, TrlParser
 
