@@ -214,13 +214,13 @@ def settle(run: RunDirectory) -> None:
     purged = residues.purge_emptied(run)
     residues.purge_temporary(run)
     clean = all(node["key"] in wanted for entry in lineages.values() for node in entry["nodes"])
+    done = {
+        "served_after": digest_of_served(run),
+        "served_depth": {str(shard): depth for shard, depth in depths_served(run).items()},
+        "purged": purged,
+        "checks": {"served_lineage": clean},
+    }
     for request in pending:
-        done = {
-            "served_after": digest_of_served(run),
-            "served_depth": {str(shard): depth for shard, depth in depths_served(run).items()},
-            "purged": purged,
-            "checks": {"served_lineage": clean},
-        }
         text = _write_certificate(run, request, done)
         run.ledger.finish(
             request.id, {"certificate": digest(text), "served_after": done["served_after"]}

@@ -4,6 +4,7 @@ A new writer adds its kind here. Whatever lies in a run directory and is of no k
 in the certificate as out of reach, so forgetting to register one shows.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -58,9 +59,10 @@ def purge_emptied(run: RunDirectory) -> dict[str, int]:
 def purge_temporary(run: RunDirectory) -> int:
     """Remove what crashes left half written. The caller holds the lock under which it is written."""
     stale = [
-        path
-        for path in run.path.rglob(f"{files.TEMPORARY_PREFIX}*")
-        if path.exists() or path.is_symlink()
+        Path(folder, name)
+        for folder, directories, names in os.walk(run.path)
+        for name in (*directories, *names)
+        if name.startswith(files.TEMPORARY_PREFIX)
     ]
     for path in stale:
         files.remove(path)
@@ -71,10 +73,13 @@ def unrecognised(run: RunDirectory) -> list[Path]:
     """Files of the run directory that are of no known kind, and top-level entries that are not."""
     foreign = [path for path in run.path.iterdir() if path.name not in OWN_ENTRIES]
     for name, known in KNOWN_FILES.items():
-        directory = run.path / name
+        directory = str(run.path / name)
+        is_known = re.compile(known).fullmatch
+        # With an adapter for each subject there are many files: walking is several times faster than globbing.
         foreign += [
-            path
-            for path in directory.rglob("*")
-            if path.is_file() and not re.fullmatch(known, path.relative_to(directory).as_posix())
+            Path(folder, file)
+            for folder, _, held in os.walk(directory)
+            for file in held
+            if not is_known(os.path.join(folder, file)[len(directory) + 1 :].replace(os.sep, "/"))
         ]
     return sorted(foreign)
