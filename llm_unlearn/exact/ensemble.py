@@ -219,7 +219,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         counted = mask.bool()
         if prompt_lengths is not None:
-            counted &= positions(mask) < prompt_lengths.to(mask.device)[:, None]
+            counted = counted & (positions(mask) < prompt_lengths.to(mask.device)[:, None])
         if self.keys is not None:
             return self._nearest(input_ids, mask, counted)
         found = self._candidates(input_ids, counted, asked)

@@ -135,7 +135,13 @@ class Ledger:
     def acknowledge(
         self, request_id: str, targets: list[Target], nodes: list[str], served_before: str | None
     ) -> None:
-        """Write a request, all of it or nothing. When this returns, it is on disk."""
+        """Write a request, all of it or nothing. When this returns, it is on disk.
+
+        Raises:
+            RunError: a target was deleted before, or is named twice in one slice.
+        """
+        if len(set(targets)) < len(targets):
+            raise RunError(f"request {request_id} names a target twice: nothing was acknowledged")
         details = {
             "targets": [vars(t) for t in targets],
             "nodes": nodes,

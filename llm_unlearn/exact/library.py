@@ -43,7 +43,10 @@ class Library:
             for path in sorted(Path(served).glob("shard-*"), key=lambda p: int(p.name[6:]))
         }
         if not self.directories:
-            raise UserError(f"{served} holds no served adapter: train the run first")
+            raise UserError(
+                f"{served} holds no served adapter: train the run first (where every subject has a shard "
+                "of its own, there is none when all are deleted)"
+            )
         self.lineages = {name: read_lineage(path) for name, path in self.directories.items()}
         core = Path(served) / "core"
         self.nobody = core.name if core.is_dir() else BASE

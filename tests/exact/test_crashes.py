@@ -23,6 +23,7 @@ from tests.tiny import (
     make_run,
     make_stub_run,
     node_bytes,
+    placed_by_id,
     served_bytes,
     stubbed_training,
     tiny_records,
@@ -35,7 +36,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "core": {"num_slices": 1, "num_sequences": 1, "core": core_records()},
 }
 # Deletions also where shards vanish, and where a subject is in several.
-MORE = {name: METHODS[name] for name in ("experts by subject", "lego")}
+MORE = {
+    "experts by subject": METHODS["experts by subject"],
+    "lego": {**METHODS["lego"], "num_shards": 3, "placement": placed_by_id(3, 2)},
+}
 VICTIM = "person 4"
 
 
