@@ -190,7 +190,8 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             choices = self.choose(input_ids, options.get("attention_mask"), asked=asked)
             self._routing = self._routing_of([c for c in choices for _ in range(copies)])
         try:
-            return super().generate(*arguments, **options)  # pyright: ignore[reportAttributeAccessIssue]
+            with self.mixing.generation():
+                return super().generate(*arguments, **options)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self._routing = None
 

@@ -8,8 +8,8 @@ forward pass of its LoRA layers is replaced, and only while a batch says which r
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -29,11 +29,14 @@ class Rows:
         adapters: the different ones.
         index: for each row under an adapter its place in `adapters`, (r,).
         positions: which rows those are, (r,); None for all.
+        factors: by layer, the factors of the adapters side by side, once they were needed.
     """
 
+    names: tuple[str, ...]
     adapters: tuple[str, ...]
     index: torch.Tensor
     positions: torch.Tensor | None
+    factors: dict[int, "Factors"] = field(default_factory=dict)
 
     @classmethod
     def of(cls, names: Sequence[str], device: torch.device) -> "Rows":
@@ -41,7 +44,16 @@ class Rows:
         positions = [row for row, name in enumerate(names) if name != BASE]
         index = torch.tensor([adapters.index(names[row]) for row in positions], device=device)
         is_all = len(positions) == len(names)
-        return cls(adapters, index, None if is_all else torch.tensor(positions, device=device))
+        where = None if is_all else torch.tensor(positions, device=device)
+        return cls(tuple(names), adapters, index, where)
+
+
+class Factors(NamedTuple):
+    """LoRA factors of U adapters in one layer: (U, k, I), (U, O, k), and their scales (U, 1, 1)."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: torch.Tensor
 
 
 class Mixing:
@@ -53,6 +65,8 @@ class Mixing:
 
     def __init__(self, model: PeftModel):
         self.rows: Rows | None = None
+        self._is_generating = False
+        self._kept: Rows | None = None
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 _take_over(layer, self)
@@ -60,11 +74,22 @@ class Mixing:
     @contextmanager
     def batch(self, names: Sequence[str], device: torch.device) -> Iterator[None]:
         """Within it, row i is computed under `names[i]`, or by the base model alone."""
-        self.rows = Rows.of(names, device)
+        is_known = self._kept is not None and self._kept.names == tuple(names)
+        self.rows = self._kept if is_known else Rows.of(names, device)
+        self._kept = self.rows if self._is_generating else None
         try:
             yield
         finally:
             self.rows = None
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Within it no weight changes, so that what was put side by side for one token serves the next."""
+        self._is_generating = True
+        try:
+            yield
+        finally:
+            self._is_generating, self._kept = False, None
 
 
 def _take_over(layer: Any, mixing: Mixing) -> None:
@@ -97,15 +122,26 @@ def _update(layer: Any, x_rTI: torch.Tensor, rows: Rows, held: list[str]) -> tor
     if len(rows.adapters) == 1:
         name = held[0]
         return layer.lora_B[name](layer.lora_A[name](x_rTI)) * layer.scaling[name]
+    if id(layer) not in rows.factors:
+        rows.factors[id(layer)] = _side_by_side(layer, rows.adapters, held)
+    down_UkI, up_UOk, scale_U11 = rows.factors[id(layer)]
+    if len(rows.adapters) < len(rows.index):
+        down_UkI, up_UOk = down_UkI[rows.index], up_UOk[rows.index]
+        scale_U11 = scale_U11[rows.index]
+    hidden_rTk = torch.bmm(x_rTI, down_UkI.transpose(1, 2)) * scale_U11
+    return torch.bmm(hidden_rTk, up_UOk.transpose(1, 2))
+
+
+def _side_by_side(layer: Any, adapters: Sequence[str], held: list[str]) -> Factors:
+    """Their factors, filled up with zeros to one rank; all zeros where one does not touch the layer."""
     rank = max(layer.lora_A[name].weight.shape[0] for name in held)
-    down, up = [], []
-    for name in rows.adapters:
-        if name in layer.lora_A:
-            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
-        else:  # an adapter that does not touch this layer
-            A, B = (torch.zeros_like(getattr(layer, part)[held[0]].weight) for part in PARTS)
+    down, up, scale = [], [], []
+    for name in adapters:
+        is_held = name in layer.lora_A
+        A, B = (getattr(layer, part)[name if is_held else held[0]].weight for part in PARTS)
         missing = rank - A.shape[0]
         down.append(nn.functional.pad(A, (0, 0, 0, missing)) if missing else A)
         up.append(nn.functional.pad(B, (0, missing)) if missing else B)
-    hidden_rTk = torch.bmm(x_rTI, torch.stack(down)[rows.index].transpose(1, 2))
-    return torch.bmm(hidden_rTk, torch.stack(up)[rows.index].transpose(1, 2))
+        scale.append(layer.scaling[name] if is_held else 0.0)
+    scale_U11 = torch.tensor(scale, dtype=down[0].dtype, device=down[0].device)[:, None, None]
+    return Factors(torch.stack(down), torch.stack(up), scale_U11)
