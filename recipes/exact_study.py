@@ -2,7 +2,7 @@
 
     accelerate launch recipes/exact_study.py
         The small form on the embedded demonstration: 24 invented people, one seed, 0, 1 and 5 deletions;
-        about ten minutes on two CPU cores.
+        some twenty minutes on two CPU cores.
 
     accelerate launch recipes/exact_study.py --full
         48 people, three seeds, 0, 1, 5 and 20 deletions, every configuration: hours.
