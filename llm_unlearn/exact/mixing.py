@@ -26,6 +26,7 @@ class Rows:
     """Whose the rows of a batch are.
 
     Attributes:
+        names: the adapter of every row, or `__base__`.
         adapters: the different ones.
         index: for each row under an adapter its place in `adapters`, (r,).
         positions: which rows those are, (r,); None for all.
