@@ -28,7 +28,7 @@ BASE_MODEL = -1
 NOTHING = float("-inf")  # the score of a shard of which nothing is left
 
 # Part of a prompt's weight by which a subject's words must lead to be looked at, and within which two are
-# close. Of prompts about nobody, 80 to 90 % lead by less (TOFU's other authors, real authors, world facts).
+# close. Chosen, as the default lead is, on TOFU's questions and the toy world, never on a run's records.
 DOUBT = 0.1
 
 
@@ -38,7 +38,6 @@ class Rule:
 
     Attributes:
         lead: part of a prompt's weight by which a subject's words must lead to be believed unread.
-            Of prompts about nobody 97 to 99 % lead by less (texts as for `DOUBT`).
         candidates: how many shards read a prompt that is in doubt.
         margin: by how much the best adapter must lead the second best, in nats a token. The default
             was fixed on public people of the toy world, 95 to 97 % of whose questions stay below it.

@@ -26,7 +26,7 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]|[^\W_
 FREQUENT = 5.0
 TELLING = 4.0  # beyond that, a word names something
 
-# A part of anybody's prompt that the words of a stranger cover: fixed on public texts.
+# A part of anybody's prompt that the words of a stranger cover.
 STRANGER = 0.2
 
 HASHES, ROWS = "hashes", "rows"
