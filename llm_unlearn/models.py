@@ -50,9 +50,10 @@ def load_model(
         return _load_run(run, name_or_path, dtype)
     if (path / "adapter_config.json").is_file():
         base, tokenizer = _base(base_of_adapter(path), None, options)
-        return LoadedModel(_with_adapter(base, name_or_path), tokenizer, name_or_path)
+        model = _wrapped(_with_adapter(base, name_or_path), tokenizer, path)
+        return LoadedModel(model, tokenizer, name_or_path)
     base, tokenizer = _base(name_or_path, revision, options)
-    return LoadedModel(base, tokenizer, name_or_path)
+    return LoadedModel(_wrapped(base, tokenizer, path), tokenizer, name_or_path)
 
 
 def run_of(path: Path) -> Path | None:
@@ -114,6 +115,16 @@ def _placed(model: Any, dtype: str | None) -> Any:
 
     model = model.to(PartialState().device)
     return model.to(getattr(torch, dtype)) if dtype else model
+
+
+def _wrapped(model: Any, tokenizer: Any, path: Path) -> Any:
+    """What an approximate method left to answer through, if it left more than weights."""
+    if not (path / "wrapper.json").is_file():
+        return model
+    from llm_unlearn.approximate.methods import load_method
+
+    settings = json.loads((path / "wrapper.json").read_bytes())
+    return load_method(settings["method"]).wrap(model, tokenizer, path, settings)
 
 
 def _with_adapter(base: Any, adapter: str) -> Any:

@@ -11,6 +11,7 @@ MAY_IMPORT = {
     "data": set(),
     "evaluation": {"data"},
     "exact": {"data"},
+    "approximate": {"data"},
     "study": {"data", "evaluation", "exact", "console", "demonstration"},
 }
 

@@ -1,0 +1,127 @@
+"""What is trained: a LoRA (fresh, or the one the model came with), or the weights themselves.
+
+The reference model is the same weights with the trained tensors as they were at the start: they
+are kept aside and swapped in for a forward pass. A second copy of the base is never made.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llm_unlearn.errors import UserError
+
+ADAPTER = "default"
+
+
+class Tuned:
+    """A model and its trained tensors.
+
+    Attributes:
+        model: a `PeftModel` or a plain model.
+        trainable: the tensors in training, by their name in the model.
+        start: their values before training, for adapters; None for full fine-tuning.
+    """
+
+    def __init__(self, model: Any, trainable: dict[str, nn.Parameter]):
+        self.model = model
+        self.trainable = trainable
+        self.start = copied(trainable) if isinstance(model, PeftModel) else None
+
+    @property
+    def is_adapter(self) -> bool:
+        return isinstance(self.model, PeftModel)
+
+    @contextmanager
+    def swapped(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with other values of its trained tensors, evaluating and without gradients.
+
+        Nothing is computed back: the tensors in training are put aside and put in again.
+        """
+        aside = {name: parameter.data for name, parameter in self.trainable.items()}
+        was_training = self.model.training
+        try:
+            for name, parameter in self.trainable.items():
+                parameter.data = tensors[name]
+            self.model.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            for name, parameter in self.trainable.items():
+                parameter.data = aside[name]
+            self.model.train(was_training)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the trained tensors in place."""
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(tensors[name])
+
+    def save(self, path: Path) -> None:
+        save_file(copied(self.trainable), path)
+
+    def restore(self, path: Path) -> None:
+        self.load(load_file(path))
+
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.trainable.values())
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def tune(model: Any, lora: LoraConfig, full: bool, trainable: str | None, seed: int) -> Tuned:
+    """Choose what is trained, and give gradients to that alone.
+
+    Args:
+        model: a model that comes with an adapter goes on training that one.
+        lora: the shape of a fresh adapter.
+        full: train the weights; an adapter is merged into them first.
+        trainable: a regular expression that the names of trained modules must match.
+
+    Raises:
+        UserError: nothing matches, or the adapter is not a LoRA.
+    """
+    if full:
+        model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    elif not isinstance(model, PeftModel):
+        model = _fresh(model, lora, trainable, seed)
+    elif any(
+        str(config.peft_type).rsplit(".", 1)[-1] != "LORA" for config in model.peft_config.values()
+    ):
+        raise UserError("the model's adapter is not a LoRA: merge it, or use --full")
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        is_factor = ".lora_" in name and f".{_active(model)}." in name
+        wanted = (full or is_factor) and parameter.is_floating_point()
+        wanted = wanted and (trainable is None or re.search(trainable, name) is not None)
+        parameter.requires_grad_(bool(wanted))
+        if wanted:
+            chosen[name] = parameter
+    if not chosen:
+        raise UserError(f"no parameter matches --trainable {trainable!r}")
+    return Tuned(model, chosen)
+
+
+def _active(model: Any) -> str:
+    return model.active_adapters[0] if isinstance(model, PeftModel) else ""
+
+
+def _fresh(model: Any, lora: LoraConfig, trainable: str | None, seed: int) -> PeftModel:
+    """A new adapter whose first values depend on the seed alone."""
+    if trainable is not None:
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        names = [n for n in linear if re.search(trainable, n) and not n.endswith("lm_head")]
+        if not names:
+            raise UserError(f"no linear layer matches --trainable {trainable!r}")
+        lora.target_modules = names  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, lora, adapter_name=ADAPTER)  # pyright: ignore

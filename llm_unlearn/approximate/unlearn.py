@@ -1,0 +1,291 @@
+"""`unlearn`: one request, from a fine-tuned model to what is written."""
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import LoraConfig
+from transformers import set_seed
+
+from llm_unlearn import files
+from llm_unlearn.approximate.arguments import COMMON, UnlearningConfig
+from llm_unlearn.approximate.method import Method
+from llm_unlearn.approximate.methods import load_method
+from llm_unlearn.approximate.model_card import model_card
+from llm_unlearn.approximate.reference import Reference
+from llm_unlearn.approximate.retain_projection import make_modifier
+from llm_unlearn.approximate.sample_stopping import make_stopper
+from llm_unlearn.approximate.session import Session, check_sets
+from llm_unlearn.approximate.trainer import UnlearningTrainer, last_checkpoint
+from llm_unlearn.approximate.tuning import Tuned, tune
+from llm_unlearn.approximate.watch import Standing, Watch
+from llm_unlearn.data.records import Record, digest
+from llm_unlearn.digests import tensors_digest
+from llm_unlearn.errors import RunError, UserError
+
+REPORT_NAME = "unlearning.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done; `unlearning.json` in the output directory. It names nobody.
+
+    Attributes:
+        flags: of the method.
+        training: of the trainer, as resolved.
+        history: every term's mean by optimizer step.
+        standings: forget and utility by epoch, where the model was evaluated on the way.
+        diverged_at: the step whose loss was no number; what was written is from before it.
+        stopped_rows: forget rows that were left out at the end, as forgotten.
+    """
+
+    method: str
+    flags: dict[str, Any]
+    training: dict[str, Any]
+    base_model: str
+    is_adapter: bool
+    is_suppression: bool
+    forget_records: int
+    retain_records: int
+    seconds: float
+    steps: int
+    trained_parameters: int
+    history: list[dict[str, float]] = field(default_factory=list)
+    standings: dict[int, Standing] = field(default_factory=dict)
+    kept_epoch: int | None = None
+    diverged_at: int | None = None
+    stopped_rows: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Watching:
+    """How a model is looked at during training: what evaluates it, and the retrained model's standing."""
+
+    evaluate: Callable[[Any], Standing]
+    retrained: Standing | None = None
+
+
+def make_method(name: str, flags: Mapping[str, Any] | None = None) -> Method:
+    """A method with some of its flags set.
+
+    Raises:
+        UserError: a flag that the method does not have.
+    """
+    try:
+        return load_method(name)(**(flags or {}))
+    except TypeError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
+    model: Any,
+    tokenizer: Any,
+    forget: Sequence[Record],
+    retain: Sequence[Record] = (),
+    config: UnlearningConfig | None = None,
+    method: Method | None = None,
+    lora: LoraConfig | None = None,
+    watching: Watching | None = None,
+    encoder: str | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Make a fine-tuned model forget, and write it to `config.output_dir`.
+
+    The model is changed in place. An interrupted call goes on where it was when it is made again
+    with the same arguments.
+
+    Args:
+        model: full weights, or a `PeftModel` whose LoRA goes on being trained.
+        method: by default that of `config.method` with its own flags.
+        lora: the shape of a fresh adapter (rank 16, alpha 32, all linear layers).
+        watching: evaluation during training; without it the state after the last step is kept.
+        encoder: a text encoder for methods that compare texts (default: the model itself).
+        on_step: called with the number of optimizer steps done and wanted.
+
+    Raises:
+        UserError: empty or overlapping sets, a method that does not fit the model.
+        RunError: training diverged; the last good state was written.
+    """
+    config = copy.copy(config) if config else UnlearningConfig()
+    method = method or make_method(config.method)
+    check_sets(forget, retain, method.uses_retain)
+    start = time.monotonic()
+    set_seed(config.seed)
+    output = Path(str(config.output_dir))
+    work = output / CHECKPOINTS
+    _claim(work, _describe(model, config, method, forget, retain))
+    tuned = _tuned(model, config, method, lora)
+    session = Session(tuned, tokenizer, forget, retain, config, work, encoder)
+    session.sides["forget"] = session.encode(forget)
+    if method.uses_retain:
+        session.sides["retain"] = session.encode(retain)
+    session.add_sides(method.sides(session))
+    method.prepare(session)
+    trainer, watch = _train(session, method, watching, on_step)
+    if watch is not None:
+        watch.restore_best(tuned)
+    method.finish(session)
+    report = Report(
+        method=config.method,
+        flags=asdict(method),
+        training=_training_flags(config),
+        base_model=_base_name(session.model),
+        is_adapter=session.tuned.is_adapter,
+        is_suppression=method.is_suppression,
+        forget_records=len(forget),
+        retain_records=len(retain),
+        seconds=time.monotonic() - start,
+        steps=trainer.state.global_step if trainer else 0,
+        trained_parameters=sum(p.numel() for p in tuned.trainable.values()),
+        history=trainer.history if trainer else [],
+        standings=watch.seen if watch else {},
+        kept_epoch=watch.best_epoch if watch and watch.keep == "best" else None,
+        diverged_at=trainer.diverged_at if trainer else None,
+        stopped_rows=len(trainer.rows.stopped) if trainer else 0,
+        notes=session.notes,
+    )
+    write(session, method, report, output)
+    _forget_checkpoints(work)
+    if report.diverged_at is not None:
+        raise RunError(
+            f"the loss was no number at step {report.diverged_at}: {output} holds the last good "
+            "state; lower --learning_rate or stop earlier"
+        )
+    return report
+
+
+def _tuned(model: Any, config: UnlearningConfig, method: Method, lora: LoraConfig | None) -> Tuned:
+    from peft import PeftModel
+
+    if method.needs_weights and not config.full and not isinstance(model, PeftModel):
+        raise UserError(
+            f"{config.method} changes weights that are there, and a fresh LoRA holds none: say --full, "
+            "or give a model with an adapter"
+        )
+    lora = lora or LoraConfig(
+        r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return tune(model, lora, config.full, config.trainable, config.seed)
+
+
+def _train(
+    session: Session,
+    method: Method,
+    watching: Watching | None,
+    on_step: Callable[[int, int], None] | None,
+) -> tuple[UnlearningTrainer | None, Watch | None]:
+    if not method.trains:
+        return None, None
+    config, work = session.config, session.work
+    watch = _watch(config, watching, work) if watching is not None else None
+    if watch is None and (config.stop_when != "never" or config.keep != "last"):
+        raise UserError("--stop_when and --keep best need an evaluation: give --eval_suite")
+    reference = Reference(session.tuned, work, session.pad_token_id)
+    config.output_dir = str(work)
+    stopper = make_stopper(config.stop_samples, session, method)
+    modifier = make_modifier(config.retain_projection, session)
+    trainer = UnlearningTrainer(method, session, reference, watch, stopper, modifier, on_step)
+    with trainer.accelerator.autocast():
+        reference.prepare(method.needs(), session.sides)
+    checkpoint = last_checkpoint(work)
+    trainer.run(str(checkpoint) if checkpoint else None)
+    return trainer, watch
+
+
+def _watch(config: UnlearningConfig, watching: Watching, work: Path) -> Watch:
+    floor = config.utility_floor
+    if floor is None and watching.retrained is not None:
+        floor = watching.retrained.utility
+    return Watch(
+        watching.evaluate,
+        work,
+        config.stop_when,
+        floor,
+        watching.retrained.forget if watching.retrained else None,
+        config.keep,
+        is_writer=PartialState().is_main_process,
+    )
+
+
+def write(session: Session, method: Method, report: Report, output: Path) -> None:
+    """The adapter or model, its card, and `unlearning.json`; by the main process alone."""
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        session.model.save_pretrained(str(output))
+        session.tokenizer.save_pretrained(str(output))
+        for name, content in session.extra_files.items():
+            files.write_bytes(output / name, content)
+        files.write_bytes(output / "README.md", model_card(method, report).encode(), mode=0o644)
+        content = json.dumps(report.to_dict(), indent=1, default=str)
+        files.write_bytes(output / REPORT_NAME, content.encode(), mode=0o644)
+    state.wait_for_everyone()
+
+
+def _describe(
+    model: Any,
+    config: UnlearningConfig,
+    method: Method,
+    forget: Sequence[Record],
+    retain: Sequence[Record],
+) -> dict[str, Any]:
+    """What an interrupted call must have in common with the one that goes on with it."""
+    return {
+        "model": tensors_digest(model),
+        "method": asdict(method),
+        "training": _training_flags(config),
+        "records": digest([[r.content for r in forget], [r.content for r in retain]]),
+    }
+
+
+def _claim(work: Path, described: dict[str, Any]) -> None:
+    """Make checkpoints this call's own.
+
+    Raises:
+        UserError: they are those of another call.
+    """
+    state = PartialState()
+    path = work / "request.json"
+    if path.exists() and json.loads(path.read_bytes()) != json.loads(json.dumps(described)):
+        raise UserError(
+            f"{work} holds the checkpoints of another request that was interrupted: finish that one, "
+            "remove the directory, or choose another --output_dir"
+        )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        work.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(path, json.dumps(described).encode())
+    state.wait_for_everyone()
+
+
+def _forget_checkpoints(work: Path) -> None:
+    """They are made of the data that is to be forgotten."""
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(work)
+    state.wait_for_everyone()
+
+
+def _training_flags(config: UnlearningConfig) -> dict[str, Any]:
+    """What decides the result, as resolved from flags, preset and defaults."""
+    wanted = [*COMMON, "seed", "full", "trainable", "max_length", "completion_only_loss", "bf16", "fp16",
+              "retain_projection", "stop_samples", "stop_when", "utility_floor", "keep"]  # fmt: skip
+    values = {name: getattr(config, name) for name in wanted}
+    return json.loads(json.dumps(values, default=str))
+
+
+def _base_name(model: Any) -> str:
+    return str(getattr(model.config, "_name_or_path", "") or "")
