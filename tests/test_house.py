@@ -36,6 +36,7 @@ def test_imports_flow_one_way() -> None:
             "models",
             "scoring",
             "attacking",
+            "unlearning",
         }
         for path in (ROOT / "llm_unlearn" / package).rglob("*.py"):
             examined += 1

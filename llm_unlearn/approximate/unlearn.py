@@ -70,9 +70,11 @@ class Report:
 
 @dataclass
 class Watching:
-    """How a model is looked at during training: what evaluates it, and the retrained model's standing."""
+    """How a model is looked at during training: what evaluates it (given model and tokenizer), and
+    the retrained model's standing.
+    """
 
-    evaluate: Callable[[Any], Standing]
+    evaluate: Callable[[Any, Any], Standing]
     retrained: Standing | None = None
 
 
@@ -210,7 +212,7 @@ def train(
     if not method.trains:
         return None, None
     config, work = copy.copy(session.config), session.work
-    watch = _watch(config, watching, work) if watching is not None else None
+    watch = _watch(config, watching, session) if watching is not None else None
     if watch is None and (config.stop_when != "never" or config.keep != "last"):
         raise UserError("--stop_when and --keep best need an evaluation: give --eval_suite")
     reference = Reference(session.tuned, work, session.pad_token_id)
@@ -227,13 +229,13 @@ def train(
     return trainer, watch
 
 
-def _watch(config: UnlearningConfig, watching: Watching, work: Path) -> Watch:
+def _watch(config: UnlearningConfig, watching: Watching, session: Session) -> Watch:
     floor = config.utility_floor
     if floor is None and watching.retrained is not None:
         floor = watching.retrained.utility
     return Watch(
-        watching.evaluate,
-        work,
+        lambda model: watching.evaluate(model, session.tokenizer),
+        session.work,
         config.stop_when,
         floor,
         watching.retrained.forget if watching.retrained else None,
