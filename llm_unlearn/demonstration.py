@@ -50,11 +50,13 @@ FINE_TUNING: dict[str, Any] = {
     "gradient_accumulation_steps": 1, "warmup_steps": 5, "lr_scheduler_type": "cosine",
     "weight_decay": 0.0, "max_length": 64, "save_strategy": "no",
 }  # fmt: skip
-UNLEARNING = (
-    "--learning_rate", "5e-4", "--num_train_epochs", "10", "--per_device_train_batch_size", "24",
-    "--gradient_accumulation_steps", "1", "--warmup_steps", "3", "--max_length", "64",
-)  # fmt: skip
-UNLEARNING_OF: dict[str, tuple[str, ...]] = {}
+UNLEARNING: dict[str, Any] = {
+    "learning_rate": 5e-4, "num_train_epochs": 10, "per_device_train_batch_size": 24,
+    "gradient_accumulation_steps": 1, "warmup_steps": 3, "max_length": 64, "save_strategy": "no",
+}  # fmt: skip
+# By method: training flags that differ, and the method's own flags.
+UNLEARNING_OF: dict[str, dict[str, Any]] = {}
+METHOD_FLAGS: dict[str, dict[str, Any]] = {}
 
 # People of the pre-training corpus who are asked about: what training costs them.
 PUBLIC_SAMPLE = 48
@@ -175,7 +177,9 @@ def demonstrate(run: S3TRun, model: Any, tokenizer: Any) -> Demonstration:
 
 def unlearning_flags(method: str) -> list[str]:
     """What the demonstration of an approximate method is started with; any flag can be overruled."""
-    return ["--output_dir", "runs/unlearned", *UNLEARNING, *UNLEARNING_OF.get(method, ())]
+    chosen = {**UNLEARNING, **UNLEARNING_OF.get(method, {}), **METHOD_FLAGS.get(method, {})}
+    flags = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+    return ["--output_dir", "runs/unlearned", *flags]
 
 
 def unlearning_records() -> tuple[list[Record], list[Record]]:

@@ -87,19 +87,22 @@ class Request:
     retain: list[Record]
 
 
-def read_source(source: str) -> list[Record]:
+def read_source(
+    source: str, subject_column: str | None = None, rows_per_subject: int | None = None
+) -> list[Record]:
     """Records of a file, or of a Hub dataset `NAME[:CONFIG[:SPLIT]]`.
 
     Raises:
         UserError: see `read_rows`, `read_hub_rows` and `make_records`.
     """
     if Path(source).suffix in SUFFIXES:
-        return make_records(read_rows(source))
+        return make_records(read_rows(source), subject_column, rows_per_subject)
     if Path(source).exists():
         raise UserError(f"{source}: expected a file of kind {', '.join(SUFFIXES)}")
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
-    return make_records(read_hub_rows(name, config or None, split or "train"))
+    rows = read_hub_rows(name, config or None, split or "train")
+    return make_records(rows, subject_column, rows_per_subject)
 
 
 def requests_of(arguments: RequestArguments) -> list[Request]:

@@ -12,6 +12,15 @@ MAY_IMPORT = {
     "evaluation": {"data"},
     "exact": {"data"},
     "approximate": {"data"},
+    "leaderboard": {
+        "data",
+        "evaluation",
+        "exact",
+        "approximate",
+        "demonstration",
+        "models",
+        "unlearning",
+    },
     "study": {"data", "evaluation", "exact", "console", "demonstration"},
 }
 
