@@ -30,4 +30,12 @@ EXPECTED: dict[str, Expected] = {
     "npo": Expected(retain=0),
     "simnpo": Expected(retain=0, flags={"forget_weight": 1.0}),
     "kl": Expected(retain=0),
+    "wga": Expected(retain=0),
+    "satimp": Expected(retain=0, flags={"forget_weight": 1.0, "beta1": 1.0}),
+    "neggrad_plus": Expected(retain=0, flags={"alpha": 0.5}),
+    "scrub": Expected(retain=0),
+    "undial": Expected(retain=0, flags={"retain_weight": 1.0}),
+    "ceu": Expected(),
+    "pdu": Expected(retain=0),
+    "rmu": Expected(retain=0),
 }
