@@ -98,3 +98,26 @@ def test_the_dual_variable_moves_once_an_optimizer_step(tmp_path: Path) -> None:
         dual = max(0.0, dual + 2.0 * (step["retain"] - step["retain before"] - 0.01))
     assert dual != pytest.approx(1.0, abs=0.01)
     assert method.state()["dual"] == pytest.approx(dual)
+
+
+def test_an_interrupted_run_ends_with_the_same_dual_variable(tmp_path: Path) -> None:
+    """Cut off in the third epoch, after the dual variable has moved."""
+
+    def run(output: Path, cut: int | None = None) -> tuple[float, list[dict[str, float]]]:
+        def on_step(done: int, wanted: int) -> None:
+            if done == cut:
+                raise KeyboardInterrupt
+
+        method = PDU(retain_weight=1.0, dual_step=2.0, dual_warmup=1, retain_loss_margin=0.01)
+        options = {"num_train_epochs": 4, "learning_rate": 1e-2, "save_strategy": "epoch"}
+        report = unlearn(
+            knowing_model(), make_tiny_tokenizer(), *forget_and_retain(),
+            arguments(output, "pdu", **options), method, lora=LORA, on_step=on_step,
+        )  # fmt: skip
+        return method.state()["dual"], report.history
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", cut=5)
+    assert run(tmp_path / "cut") == whole
+    assert whole[0] != pytest.approx(1.0, abs=0.01)
