@@ -199,7 +199,10 @@ def _tuned(model: Any, config: UnlearningConfig, method: Method, lora: LoraConfi
     lora = lora or LoraConfig(
         r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return tune(model, lora, config.full, config.trainable, config.seed)
+    if config.full and isinstance(model, PeftModel):
+        model = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    trainable = config.trainable or method.trainable(model)
+    return tune(model, lora, config.full, trainable, config.seed)
 
 
 def train(

@@ -12,6 +12,14 @@ METHODS: dict[str, str] = {
     "npo": "npo:NPO",
     "simnpo": "simnpo:SimNPO",
     "kl": "kl_minimization:KLMinimization",
+    "wga": "wga:WGA",
+    "satimp": "satimp:SatImp",
+    "neggrad_plus": "neggrad_plus:NegGradPlus",
+    "scrub": "scrub:SCRUB",
+    "undial": "undial:UNDIAL",
+    "ceu": "ceu:CEU",
+    "pdu": "pdu:PDU",
+    "rmu": "rmu:RMU",
 }
 
 
