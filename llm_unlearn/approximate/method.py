@@ -65,6 +65,7 @@ class Method:
             come along in a seeded order.
         trains: whether anything is trained by gradients (`terms`) at all.
         needs_weights: works on weights that are there, so a fresh LoRA is of no use to it.
+        adapts: a regular expression of the modules that are trained, where --trainable says nothing.
         is_suppression: what it writes hides knowledge that the weights still hold.
     """
 
@@ -74,6 +75,7 @@ class Method:
     anchor: ClassVar[str] = "forget"
     trains: ClassVar[bool] = True
     needs_weights: ClassVar[bool] = False
+    adapts: ClassVar[str | None] = None
     is_suppression: ClassVar[bool] = False
 
     def needs(self) -> Mapping[str, set[str]]:

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from llm_unlearn.errors import UserError
 
@@ -117,7 +118,8 @@ def _active(model: Any) -> str:
 def _fresh(model: Any, lora: LoraConfig, trainable: str | None, seed: int) -> PeftModel:
     """A new adapter whose first values depend on the seed alone."""
     if trainable is not None:
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        kinds = (nn.Linear, Conv1D)
+        linear = [name for name, module in model.named_modules() if isinstance(module, kinds)]
         names = [n for n in linear if re.search(trainable, n) and not n.endswith("lm_head")]
         if not names:
             raise UserError(f"no linear layer matches --trainable {trainable!r}")

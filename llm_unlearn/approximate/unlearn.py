@@ -134,7 +134,7 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
     method.prepare(session)
     trainer, watch = _train(session, method, watching, on_step)
     if watch is not None:
-        watch.restore_best(tuned)
+        watch.restore_best(session.tuned)
     method.finish(session)
     report = Report(
         method=config.method,
@@ -147,7 +147,7 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
         retain_records=len(retain),
         seconds=time.monotonic() - start,
         steps=trainer.state.global_step if trainer else 0,
-        trained_parameters=sum(p.numel() for p in tuned.trainable.values()),
+        trained_parameters=sum(p.numel() for p in session.tuned.trainable.values()),
         history=trainer.history if trainer else [],
         standings=watch.seen if watch else {},
         kept_epoch=watch.best_epoch if watch and watch.keep == "best" else None,
@@ -176,7 +176,7 @@ def _tuned(model: Any, config: UnlearningConfig, method: Method, lora: LoraConfi
     lora = lora or LoraConfig(
         r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return tune(model, lora, config.full, config.trainable, config.seed)
+    return tune(model, lora, config.full, config.trainable or method.adapts, config.seed)
 
 
 def _train(
