@@ -1,6 +1,7 @@
 """What every method is to do to a tiny model that knows its records: one line each."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -30,4 +31,17 @@ EXPECTED: dict[str, Expected] = {
     "npo": Expected(retain=0),
     "simnpo": Expected(retain=0, flags={"forget_weight": 1.0}),
     "kl": Expected(retain=0),
+    "eul": Expected(retain=0, training={"learning_rate": 1e-2, "num_train_epochs": 20}),
+    "replacement": Expected(
+        retain=0,
+        flags={"redact": str(Path(__file__).with_name("private.txt")), "placeholder": " and none"},
+        training={"learning_rate": 1e-4, "num_train_epochs": 8, "optim": "sgd"},
+    ),
+    "balanced_subnet": Expected(
+        retain=0,
+        full=True,
+        flags={"ratio": 0.1},
+        training={"learning_rate": 0.1, "per_device_train_batch_size": 8},
+    ),
+    "ssd": Expected(retain=0, full=True),
 }

@@ -12,6 +12,10 @@ METHODS: dict[str, str] = {
     "npo": "npo:NPO",
     "simnpo": "simnpo:SimNPO",
     "kl": "kl_minimization:KLMinimization",
+    "eul": "eul:EUL",
+    "replacement": "replacement:Replacement",
+    "balanced_subnet": "balanced_subnet:BalancedSubnet",
+    "ssd": "ssd:SSD",
 }
 
 
