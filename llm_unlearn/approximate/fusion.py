@@ -125,7 +125,7 @@ def read_adapter(directory: Path) -> Adapter:
     weights, grams = load_file(directory / WEIGHTS_NAME), load_file(directory / GRAM_NAME)
     layers = {name.removesuffix(".lora_A.weight") for name in weights if ".lora_A." in name}
     expected = {f"{layer}.lora_{factor}.weight" for layer in layers for factor in "AB"}
-    if config.use_dora or config.rank_pattern or config.alpha_pattern or expected != set(weights):
+    if not isinstance(config, LoraConfig) or _is_uneven(config) or expected != set(weights):
         raise UserError(f"{directory} is more than a plain LoRA with one rank: it cannot be fused")
     if layers != set(grams):
         raise UserError(f"{directory}/{GRAM_NAME} is not of the adapter's layers")
@@ -140,12 +140,18 @@ def read_adapter(directory: Path) -> Adapter:
     return Adapter(config, factors, {layer: grams[layer].double() for layer in layers})
 
 
+def _is_uneven(config: LoraConfig) -> bool:
+    """Whether layers differ in rank or scale, or a norm is trained beside the factors."""
+    return bool(config.use_dora or config.rank_pattern or config.alpha_pattern)
+
+
 def fuse(
     directories: Sequence[Path], output: Path, ridge: float = RIDGE, rank: int | None = None
 ) -> Fusion:
     """Write one ordinary LoRA for several requests' adapters on the same model.
 
-    The sum of the Gram matrices is written with it, so that it can be fused with later requests.
+    The sum of the Gram matrices is written with it, so that it can be fused with later requests: that
+    answers the forget sets as fusing all at once does.
 
     Args:
         rank: of the fused adapter; by default that of all adapters together, which loses nothing.

@@ -4,6 +4,7 @@ The reference model is the same weights with the trained tensors as they were at
 are kept aside and swapped in for a forward pass. A second copy of the base is never made.
 """
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -117,6 +118,7 @@ def _active(model: Any) -> str:
 
 def _fresh(model: Any, lora: LoraConfig, trainable: str | None, seed: int) -> PeftModel:
     """A new adapter whose first values depend on the seed alone."""
+    lora = copy.deepcopy(lora)  # PEFT and we write into it, and it is the caller's
     if trainable is not None:
         kinds = (nn.Linear, Conv1D)
         linear = [name for name, module in model.named_modules() if isinstance(module, kinds)]

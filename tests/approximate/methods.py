@@ -35,7 +35,7 @@ EXPECTED: dict[str, Expected] = {
     "replacement": Expected(
         retain=0,
         flags={"redact": str(Path(__file__).with_name("private.txt")), "placeholder": " and none"},
-        training={"learning_rate": 1e-4, "num_train_epochs": 8, "optim": "sgd"},
+        training={"learning_rate": 1e-4, "num_train_epochs": 8, "gradient_accumulation_steps": 100},
     ),
     "balanced_subnet": Expected(
         retain=0,
