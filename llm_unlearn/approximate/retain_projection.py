@@ -103,7 +103,7 @@ def make_modifier(variance: float | None, session: Session) -> RetainProjection 
     if not session.retain:
         raise UserError("--retain_projection needs data to keep: give --retain")
     examples = session.sides.get("retain") or session.encode(session.retain)
-    trainable, model = session.tuned.trainable, session.model
+    trainable, model = session.tuned.trainable, session.model.to(session.config.device)
     if any("lora_magnitude_vector" in name for name in trainable):
         raise UserError("--retain_projection cannot hold a DoRA: its norm changes with its factors")
     weights = {name: layer for name in trainable if (layer := _linear(model, name)) is not None}

@@ -94,7 +94,7 @@ class SSD(Method):
                 f"--alpha {self.alpha:g} selects nothing: with --with_forget it must be below "
                 f"{len(everything) / len(forget):g}, the number of records for each forget record"
             )
-        session.model.eval()
+        session.model.to(session.config.device).eval()
         to_forget = importance(session, forget, self.rows_per_gradient)
         to_all = importance(session, everything, self.rows_per_gradient)
         dampened = 0
