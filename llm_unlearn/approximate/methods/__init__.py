@@ -20,6 +20,10 @@ METHODS: dict[str, str] = {
     "ceu": "ceu:CEU",
     "pdu": "pdu:PDU",
     "rmu": "rmu:RMU",
+    "eul": "eul:EUL",
+    "replacement": "replacement:Replacement",
+    "balanced_subnet": "balanced_subnet:BalancedSubnet",
+    "ssd": "ssd:SSD",
 }
 
 
