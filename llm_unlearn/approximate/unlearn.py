@@ -227,7 +227,10 @@ def write(session: Session, method: Method, report: Report, output: Path) -> Non
         session.model.save_pretrained(str(output))
         session.tokenizer.save_pretrained(str(output))
         for name, content in session.extra_files.items():
-            files.write_bytes(output / name, content)
+            if isinstance(content, Path):
+                shutil.move(content, output / name)
+            else:
+                files.write_bytes(output / name, content)
         files.write_bytes(output / "README.md", model_card(method, report).encode(), mode=0o644)
         content = json.dumps(report.to_dict(), indent=1, default=str)
         files.write_bytes(output / REPORT_NAME, content.encode(), mode=0o644)
