@@ -114,6 +114,14 @@ def training_progress(enabled: bool = True) -> Iterator[TrainingProgress]:
         yield TrainingProgress(bar)
 
 
+@contextmanager
+def steps_progress(what: str, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar over the steps of one training, on standard error while the context is open."""
+    with _bar(enabled) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda step, total: bar.update(task, completed=step, total=total)
+
+
 class EvaluationProgress:
     """A bar over the rows that are put to a model."""
 

@@ -4,15 +4,17 @@ The base model (`data/demonstration/`, made by `recipes/pretrain_demonstration.p
 people of the toy world. The run is trained on the private ones; then one of them asks to be deleted.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn.data import world
 from llm_unlearn.data.partition import SliceName
+from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.errors import UserError
 from llm_unlearn.evaluation.scorer import answer
+from llm_unlearn.evaluation.suites.demonstration import FORGOTTEN
 from llm_unlearn.evaluation.text import exact_match
 from llm_unlearn.exact.deletion import Deletion
 from llm_unlearn.exact.run import S3TRun
@@ -40,6 +42,21 @@ FLAGS = {
         "--per_device_train_batch_size", "12",
     ),
 }  # fmt: skip
+
+# Approximate unlearning of twelve of the private people, from one LoRA that knows all of them. Papers'
+# learning rates are for models a thousand times larger.
+FINE_TUNING: dict[str, Any] = {
+    "learning_rate": 2e-3, "num_train_epochs": 20, "per_device_train_batch_size": 24,
+    "gradient_accumulation_steps": 1, "warmup_steps": 5, "lr_scheduler_type": "cosine",
+    "weight_decay": 0.0, "max_length": 64, "save_strategy": "no",
+}  # fmt: skip
+UNLEARNING: dict[str, Any] = {
+    "learning_rate": 5e-4, "num_train_epochs": 10, "per_device_train_batch_size": 24,
+    "gradient_accumulation_steps": 1, "warmup_steps": 3, "max_length": 64, "save_strategy": "no",
+}  # fmt: skip
+# By method: training flags that differ, and the method's own flags.
+UNLEARNING_OF: dict[str, dict[str, Any]] = {}
+METHOD_FLAGS: dict[str, dict[str, Any]] = {}
 
 # People of the pre-training corpus who are asked about: what training costs them.
 PUBLIC_SAMPLE = 48
@@ -156,3 +173,51 @@ def demonstrate(run: S3TRun, model: Any, tokenizer: Any) -> Demonstration:
         deletion=deletion,
         retraining_seconds=retraining_seconds,
     )
+
+
+def unlearning_flags(method: str) -> list[str]:
+    """What the demonstration of an approximate method is started with; any flag can be overruled."""
+    chosen = {**UNLEARNING, **UNLEARNING_OF.get(method, {}), **METHOD_FLAGS.get(method, {})}
+    flags = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+    return ["--output_dir", "runs/unlearned", *flags]
+
+
+def unlearning_records() -> tuple[list[Record], list[Record]]:
+    """Records of those who are to be forgotten (as the suite `demo` takes them), and of the others."""
+    people = world.private_people()
+    return tuple(  # pyright: ignore[reportReturnType]
+        make_records(world.records(group), subject_column="subject")
+        for group in (people[:FORGOTTEN], people[FORGOTTEN:])
+    )
+
+
+def knowing_adapter(
+    path: Path, records: Sequence[Record], on_step: Callable[[int, int], None] | None = None
+) -> Path:
+    """An ordinary LoRA of the demonstration's base that has learnt these records, made once."""
+    from peft import LoraConfig
+
+    from llm_unlearn.approximate.arguments import UnlearningConfig
+    from llm_unlearn.approximate.fine_tuning import fine_tune
+    from llm_unlearn.exact.base_model import load_base
+
+    if (path / "adapter_config.json").is_file():
+        return path
+    config = UnlearningConfig(output_dir=str(path), method="ga", **FINE_TUNING)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model, tokenizer = load_base(str(MODEL_PATH))
+    return fine_tune(model, tokenizer, records, config, lora, on_step)
+
+
+def unlearning_table(models: Mapping[str, str]) -> dict[str, tuple[float, float, float]]:
+    """Exact match with facts about those to be forgotten, those to be kept, and public people."""
+    from llm_unlearn.models import load_model
+
+    people = world.private_people()
+    groups = (people[:FORGOTTEN], people[FORGOTTEN:], world.public_people()[:PUBLIC_SAMPLE])
+    found = {}
+    for name, path in models.items():
+        loaded = load_model(path)
+        scores = [mean(ask(loaded.model, loaded.tokenizer, group).values()) for group in groups]
+        found[name] = tuple(scores)
+    return found

@@ -45,15 +45,15 @@ def load_model(
     if adapter is not None:
         base, tokenizer = _base(name_or_path, revision, options)
         label = f"{name_or_path} + {adapter}"
-        return LoadedModel(_with_adapter(base, adapter), tokenizer, label)
+        return LoadedModel(with_adapter(base, adapter), tokenizer, label)
     if run := run_of(path):
         return _load_run(run, name_or_path, dtype)
     if (path / "adapter_config.json").is_file():
         base, tokenizer = _base(base_of_adapter(path), None, options)
-        model = _wrapped(_with_adapter(base, name_or_path), tokenizer, path)
+        model = wrapped(with_adapter(base, name_or_path), tokenizer, path)
         return LoadedModel(model, tokenizer, name_or_path)
     base, tokenizer = _base(name_or_path, revision, options)
-    return LoadedModel(_wrapped(base, tokenizer, path), tokenizer, name_or_path)
+    return LoadedModel(wrapped(base, tokenizer, path), tokenizer, name_or_path)
 
 
 def run_of(path: Path) -> Path | None:
@@ -117,7 +117,7 @@ def _placed(model: Any, dtype: str | None) -> Any:
     return model.to(getattr(torch, dtype)) if dtype else model
 
 
-def _wrapped(model: Any, tokenizer: Any, path: Path) -> Any:
+def wrapped(model: Any, tokenizer: Any, path: Path) -> Any:
     """What an approximate method left to answer through, if it left more than weights."""
     if not (path / "wrapper.json").is_file():
         return model
@@ -127,11 +127,21 @@ def _wrapped(model: Any, tokenizer: Any, path: Path) -> Any:
     return load_method(settings["method"]).wrap(model, tokenizer, path, settings)
 
 
-def _with_adapter(base: Any, adapter: str) -> Any:
+def with_adapter(base: Any, adapter: str, trainable: bool = False) -> Any:
+    """A PEFT adapter on a model, in evaluation mode.
+
+    Args:
+        trainable: give gradients to its parameters.
+
+    Raises:
+        UserError: it does not fit.
+    """
     from peft import PeftModel
 
     try:
-        model = PeftModel.from_pretrained(base, adapter, use_safetensors=True)
+        model = PeftModel.from_pretrained(
+            base, adapter, is_trainable=trainable, use_safetensors=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot put the adapter {adapter!r} on the model: {reason}") from None

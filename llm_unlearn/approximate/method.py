@@ -80,6 +80,12 @@ class Method:
         """What it asks of the reference model, by side: `LOG_PROBABILITIES`, `DISTRIBUTIONS`, `HIDDEN`."""
         return {}
 
+    def trainable(self, model: Any) -> str | None:
+        """What it trains unless `--trainable` says otherwise: a regular expression of the names of
+        modules, or None for all. `model` is as it was given, or merged with `--full`.
+        """
+        return None
+
     def sides(self, session: Session) -> Mapping[str, list[Record]]:
         """Further sides of the batch. `forget/NAME` has a record for each forget record, in order,
         and `retain/NAME` for each retain record.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
+from llm_unlearn.approximate.arguments import UnlearningConfig
 from llm_unlearn.approximate.batches import PairCollator, PairedRows, PairSampler
 from llm_unlearn.approximate.method import Method
 from llm_unlearn.approximate.reference import Reference
@@ -56,6 +57,7 @@ class UnlearningTrainer(Trainer):
 
     def __init__(
         self,
+        config: UnlearningConfig,
         method: Method,
         session: Session,
         reference: Reference,
@@ -76,7 +78,7 @@ class UnlearningTrainer(Trainer):
         self._last_good: dict[str, Tensor] | None = None
         super().__init__(
             model=session.model,
-            args=session.config,
+            args=config,
             train_dataset=self.rows,
             data_collator=PairCollator(session.pad_token_id),
             processing_class=session.tokenizer,

@@ -4,8 +4,9 @@ The reference model is the same weights with the trained tensors as they were at
 are kept aside and swapped in for a forward pass. A second copy of the base is never made.
 """
 
+import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from llm_unlearn.errors import UserError
 
@@ -116,8 +118,11 @@ def _active(model: Any) -> str:
 
 def _fresh(model: Any, lora: LoraConfig, trainable: str | None, seed: int) -> PeftModel:
     """A new adapter whose first values depend on the seed alone."""
+    lora = copy.copy(lora)  # PEFT writes into it
     if trainable is not None:
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        linear = [
+            n for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+        ]
         names = [n for n in linear if re.search(trainable, n) and not n.endswith("lm_head")]
         if not names:
             raise UserError(f"no linear layer matches --trainable {trainable!r}")
@@ -125,3 +130,39 @@ def _fresh(model: Any, lora: LoraConfig, trainable: str | None, seed: int) -> Pe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, lora, adapter_name=ADAPTER)  # pyright: ignore
+
+
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """Name (as in the model without an adapter) and list of the decoder layers.
+
+    Raises:
+        UserError: there is no such list, or more than one.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [
+        (name.removeprefix("base_model.model."), module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if len(found) != 1:
+        raise UserError(
+            f"{type(model).__name__} has {len(found)} lists of {count} decoder layers, not one: "
+            "name the modules to train with --trainable"
+        )
+    return found[0]
+
+
+def last_projections(model: Any, indices: Sequence[int]) -> str:
+    """Regular expression of what some decoder layers write last (Llama: `mlp.down_proj`, GPT-2:
+    `mlp.c_proj`); of all there is in those layers where the model has an adapter that is not on it.
+
+    A layer's index is matched as a whole: 1 is not the beginning of 10.
+    """
+    name, layers = decoder_layers(model)
+    matrices = [n for n, p in layers[indices[0]].named_parameters() if p.dim() > 1]
+    last = re.split(r"\.(?:base_layer|lora_\w+|weight)\b", matrices[-1])[0]
+    has_factors = any(n.startswith(f"{last}.lora_") for n in matrices)
+    where = rf"(?:^|\.){re.escape(name)}\.(?:{'|'.join(map(str, indices))})\."
+    if isinstance(model, PeftModel) and not has_factors:
+        return where
+    return rf"{where}{re.escape(last)}(?:\.|$)"

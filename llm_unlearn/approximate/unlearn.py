@@ -70,9 +70,11 @@ class Report:
 
 @dataclass
 class Watching:
-    """How a model is looked at during training: what evaluates it, and the retrained model's standing."""
+    """How a model is looked at during training: what evaluates it (given model and tokenizer), and
+    the retrained model's standing.
+    """
 
-    evaluate: Callable[[Any], Standing]
+    evaluate: Callable[[Any, Any], Standing]
     retrained: Standing | None = None
 
 
@@ -117,24 +119,15 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
         UserError: empty or overlapping sets, a method that does not fit the model.
         RunError: training diverged; the last good state was written.
     """
-    config = copy.copy(config) if config else UnlearningConfig()
-    method = method or make_method(config.method)
-    check_sets(forget, retain, method.uses_retain)
     start = time.monotonic()
-    set_seed(config.seed)
-    output = Path(str(config.output_dir))
-    work = output / CHECKPOINTS
-    _claim(work, _describe(model, config, method, forget, retain))
-    tuned = _tuned(model, config, method, lora)
-    session = Session(tuned, tokenizer, forget, retain, config, work, encoder)
-    session.sides["forget"] = session.encode(forget)
-    if method.uses_retain:
-        session.sides["retain"] = session.encode(retain)
-    session.add_sides(method.sides(session))
-    method.prepare(session)
-    trainer, watch = _train(session, method, watching, on_step)
+    config = config or UnlearningConfig()
+    method = method or make_method(config.method)
+    session, output = prepare(
+        model, tokenizer, forget, retain, config, method, lora=lora, encoder=encoder
+    )
+    trainer, watch = train(session, method, watching, on_step)
     if watch is not None:
-        watch.restore_best(tuned)
+        watch.restore_best(session.tuned)
     method.finish(session)
     report = Report(
         method=config.method,
@@ -147,7 +140,7 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
         retain_records=len(retain),
         seconds=time.monotonic() - start,
         steps=trainer.state.global_step if trainer else 0,
-        trained_parameters=sum(p.numel() for p in tuned.trainable.values()),
+        trained_parameters=sum(p.numel() for p in session.tuned.trainable.values()),
         history=trainer.history if trainer else [],
         standings=watch.seen if watch else {},
         kept_epoch=watch.best_epoch if watch and watch.keep == "best" else None,
@@ -155,14 +148,44 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
         stopped_rows=len(trainer.rows.stopped) if trainer else 0,
         notes=session.notes,
     )
-    write(session, method, report, output)
-    _forget_checkpoints(work)
+    content = json.dumps(report.to_dict(), indent=1, default=str)
+    save_result(session, output, {"README.md": model_card(method, report), REPORT_NAME: content})
     if report.diverged_at is not None:
         raise RunError(
             f"the loss was no number at step {report.diverged_at}: {output} holds the last good "
             "state; lower --learning_rate or stop earlier"
         )
     return report
+
+
+def prepare(
+    model: Any,
+    tokenizer: Any,
+    forget: Sequence[Record],
+    retain: Sequence[Record],
+    config: UnlearningConfig,
+    method: Method,
+    lora: LoraConfig | None = None,
+    encoder: str | None = None,
+) -> tuple[Session, Path]:
+    """Everything before training: checks, what is tuned, encoded sides, the method's own hook.
+
+    Returns:
+        The session, and where the result goes.
+    """
+    check_sets(forget, retain, method.uses_retain)
+    set_seed(config.seed)
+    output = Path(str(config.output_dir))
+    work = output / CHECKPOINTS
+    _claim(work, _describe(model, config, method, forget, retain))
+    tuned = _tuned(model, config, method, lora)
+    session = Session(tuned, tokenizer, forget, retain, config, work, encoder)
+    session.sides["forget"] = session.encode(forget)
+    if method.uses_retain:
+        session.sides["retain"] = session.encode(retain)
+    session.add_sides(method.sides(session))
+    method.prepare(session)
+    return session, output
 
 
 def _tuned(model: Any, config: UnlearningConfig, method: Method, lora: LoraConfig | None) -> Tuned:
@@ -176,26 +199,32 @@ def _tuned(model: Any, config: UnlearningConfig, method: Method, lora: LoraConfi
     lora = lora or LoraConfig(
         r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return tune(model, lora, config.full, config.trainable, config.seed)
+    if config.full and isinstance(model, PeftModel):
+        model = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    trainable = config.trainable or method.trainable(model)
+    return tune(model, lora, config.full, trainable, config.seed)
 
 
-def _train(
+def train(
     session: Session,
     method: Method,
     watching: Watching | None,
     on_step: Callable[[int, int], None] | None,
 ) -> tuple[UnlearningTrainer | None, Watch | None]:
+    """Train, going on from a checkpoint; nothing where the method is not trained by gradients."""
     if not method.trains:
         return None, None
-    config, work = session.config, session.work
-    watch = _watch(config, watching, work) if watching is not None else None
+    config, work = copy.copy(session.config), session.work
+    watch = _watch(config, watching, session) if watching is not None else None
     if watch is None and (config.stop_when != "never" or config.keep != "last"):
         raise UserError("--stop_when and --keep best need an evaluation: give --eval_suite")
     reference = Reference(session.tuned, work, session.pad_token_id)
     config.output_dir = str(work)
     stopper = make_stopper(config.stop_samples, session, method)
     modifier = make_modifier(config.retain_projection, session)
-    trainer = UnlearningTrainer(method, session, reference, watch, stopper, modifier, on_step)
+    trainer = UnlearningTrainer(
+        config, method, session, reference, watch, stopper, modifier, on_step
+    )
     with trainer.accelerator.autocast():
         reference.prepare(method.needs(), session.sides)
     checkpoint = last_checkpoint(work)
@@ -203,13 +232,13 @@ def _train(
     return trainer, watch
 
 
-def _watch(config: UnlearningConfig, watching: Watching, work: Path) -> Watch:
+def _watch(config: UnlearningConfig, watching: Watching, session: Session) -> Watch:
     floor = config.utility_floor
     if floor is None and watching.retrained is not None:
         floor = watching.retrained.utility
     return Watch(
-        watching.evaluate,
-        work,
+        lambda model: watching.evaluate(model, session.tokenizer),
+        session.work,
         config.stop_when,
         floor,
         watching.retrained.forget if watching.retrained else None,
@@ -218,12 +247,13 @@ def _watch(config: UnlearningConfig, watching: Watching, work: Path) -> Watch:
     )
 
 
-def write(session: Session, method: Method, report: Report, output: Path) -> None:
-    """The adapter or model, its card, and `unlearning.json`; by the main process alone."""
+def save_result(session: Session, output: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write the adapter or model, what else belongs to it, and forget the checkpoints: they are made
+    of the data that is to be forgotten. By the main process alone.
+    """
     state = PartialState()
     state.wait_for_everyone()
     if state.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
         session.model.save_pretrained(str(output))
         session.tokenizer.save_pretrained(str(output))
         for name, content in session.extra_files.items():
@@ -231,9 +261,9 @@ def write(session: Session, method: Method, report: Report, output: Path) -> Non
                 shutil.move(content, output / name)
             else:
                 files.write_bytes(output / name, content)
-        files.write_bytes(output / "README.md", model_card(method, report).encode(), mode=0o644)
-        content = json.dumps(report.to_dict(), indent=1, default=str)
-        files.write_bytes(output / REPORT_NAME, content.encode(), mode=0o644)
+        for name, text in (texts or {}).items():
+            files.write_bytes(output / name, text.encode(), mode=0o644)
+        shutil.rmtree(session.work)
     state.wait_for_everyone()
 
 
@@ -270,15 +300,6 @@ def _claim(work: Path, described: dict[str, Any]) -> None:
     if state.is_main_process:
         work.mkdir(parents=True, exist_ok=True)
         files.write_bytes(path, json.dumps(described).encode())
-    state.wait_for_everyone()
-
-
-def _forget_checkpoints(work: Path) -> None:
-    """They are made of the data that is to be forgotten."""
-    state = PartialState()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        shutil.rmtree(work)
     state.wait_for_everyone()
 
 

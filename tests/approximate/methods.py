@@ -30,6 +30,18 @@ EXPECTED: dict[str, Expected] = {
     "npo": Expected(retain=0),
     "simnpo": Expected(retain=0, flags={"forget_weight": 1.0}),
     "kl": Expected(retain=0),
+    "wga": Expected(retain=0),
+    "satimp": Expected(
+        retain=0, flags={"forget_weight": 5.0, "beta1": 1.0}, training={"num_train_epochs": 10}
+    ),
+    "neggrad_plus": Expected(retain=0, flags={"alpha": 0.5}),
+    "scrub": Expected(retain=0, training={"num_train_epochs": 10, "learning_rate": 4e-3}),
+    "undial": Expected(retain=0, training={"num_train_epochs": 10}, flags={"retain_weight": 1.0}),
+    "ceu": Expected(),
+    "pdu": Expected(retain=0, training={"num_train_epochs": 10}),
+    "rmu": Expected(
+        retain=0, flags={"layer": 1}, training={"num_train_epochs": 20, "learning_rate": 1e-2}
+    ),
     # Refusals win long before answers lose: it takes many steps, and a low beta.
     "idk_dpo": Expected(
         retain=0, flags={"beta": 0.05}, training={"num_train_epochs": 20, "learning_rate": 5e-3}

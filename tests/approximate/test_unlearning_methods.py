@@ -6,7 +6,7 @@ import pytest
 
 from llm_unlearn.approximate.methods import METHODS, load_method
 from llm_unlearn.approximate.unlearn import make_method, unlearn
-from llm_unlearn.models import _wrapped
+from llm_unlearn.models import wrapped
 from tests.approximate.known import (
     LORA,
     arguments,
@@ -28,7 +28,7 @@ def run(name: str, one: Expected, output: Path, **training: object) -> tuple[flo
     config = arguments(output, name, full=one.full, **{**one.training, **training})
     retain_given = retain if method.uses_retain else []
     unlearn(knowing_model(), make_tiny_tokenizer(), forget, retain_given, config, method, lora=LORA)
-    model = _wrapped(read_result(output, one.full), make_tiny_tokenizer(), output)
+    model = wrapped(read_result(output, one.full), make_tiny_tokenizer(), output)
     return knowledge(model, forget), knowledge(model, retain)
 
 

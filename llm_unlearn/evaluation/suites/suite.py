@@ -116,6 +116,13 @@ class Suite:
         return digest(told)
 
 
+def only_probes(suite: Suite) -> Suite:
+    """The questions about the forgotten and what says what is kept: a quick look during training."""
+    needed = {suite.probes.answers, *(section for section, _ in suite.probes.utility)}
+    sections = {name: section for name, section in suite.sections.items() if name in needed}
+    return replace(suite, sections=sections, metrics={})
+
+
 def only_utility(suite: Suite) -> Suite:
     """The part of a suite that says what a model can still do, for curves over many models."""
     needed = {section for section, _ in suite.probes.utility}

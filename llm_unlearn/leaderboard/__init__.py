@@ -1,0 +1,1 @@
+"""All methods, exact unlearning and retraining on one suite; `recipes/benchmark.py` is thin over it."""

@@ -1,0 +1,158 @@
+"""Make a fine-tuned language model forget, approximately. With no data flag: the demonstration.
+
+accelerate launch recipes/unlearn.py --method NAME [flags]
+python recipes/unlearn.py --method NAME --help     what the method is, when it fails, its own flags
+
+The most used flags:
+    --model_name_or_path M  fine-tuned weights (Hub or directory), or an adapter's directory
+    --adapter DIR           the LoRA that M was fine-tuned with; it goes on being trained
+    --forget DATA [DATA..]  .json, .jsonl, .csv, .parquet, or a Hub dataset NAME[:CONFIG[:SPLIT]], with columns
+    --retain DATA           text, or prompt + completion, or question + answer, or messages
+    --run RUN --subject S   instead: an exact run's own records; S is forgotten, the others are kept
+    --sequential | --growing   several forget sets: one request after another, or nested ones
+    --output_dir OUT        the unlearned adapter or model with its card (runs/unlearned)
+    --full                  train the weights instead of a LoRA (a model with an adapter: merged first)
+    --eval_suite SUITE      evaluate after each epoch (demo, muse-news, tofu, a folder) ...
+    --stop_when utility_floor|forget_at_retrain   ... and stop there
+    --keep last|best        ... and keep the best state
+    --retrain_scores FILE   results.json of a retrained model on that suite: where floor and target are
+    --stop_samples icu      leave out forget rows that are forgotten, round by round
+    --retain_projection 0.95   PGU: take what retain inputs span out of every update
+    --json                  print the report for machines
+    --config FILE.yaml      any of the flags from a file; the command line wins
+and every training flag of Transformers and LoRA (--help_all). Flags that are not given come from the
+method's paper; with LoRA its learning rate is multiplied by ten. What comes out carries no guarantee:
+for a deletion that must be certain, use recipes/s3t.py.
+
+Methods:
+"""
+
+import sys
+from pathlib import Path
+
+from llm_unlearn.console import print_json, print_table, run_and_exit, warn
+from llm_unlearn.errors import UserError
+from llm_unlearn.launch import check_processes, expand_help, wants_short_help
+
+
+def main(argv: list[str]) -> None:
+    if wants_short_help(argv):
+        show_help(argv)
+        return
+    from accelerate import PartialState
+    from transformers.utils import logging
+    from trl import ModelConfig, TrlParser
+
+    from llm_unlearn.approximate.arguments import UnlearningConfig
+    from llm_unlearn.unlearning import RequestArguments, answer_requests, requests_of
+
+    argv = ["--as_json" if argument == "--json" else argument for argument in argv]
+    method_class = chosen_method(argv)
+    parser = TrlParser([RequestArguments, UnlearningConfig, ModelConfig, method_class])
+    parser.set_defaults(lora_dropout=0.0)
+    arguments, config, model_arguments, method = parser.parse_args_and_config(expand_help(argv))
+    is_demonstration = arguments.is_demonstration
+    if is_demonstration:
+        from llm_unlearn import demonstration
+
+        flags = demonstration.unlearning_flags(config.method)
+        parsed = parser.parse_args_and_config(expand_help([*flags, *argv]))
+        arguments, config, model_arguments, method = parsed
+    elif model_arguments.model_name_or_path is None:
+        raise UserError("which model is to forget? Give --model_name_or_path")
+    state = PartialState()
+    check_processes(state.num_processes)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    speaks = state.is_main_process and not arguments.as_json
+    requests = [] if is_demonstration else requests_of(arguments)
+    if is_demonstration:
+        requests = prepare_demonstration(model_arguments, speaks)
+    reports = answer_requests(arguments, config, model_arguments, method, requests, speaks)
+    if not state.is_main_process:
+        return
+    for note in dict.fromkeys(note for report in reports for note in report.notes):
+        warn(note)
+    if arguments.as_json:
+        print_json([report.to_dict() for report in reports])
+        return
+    for request, report in zip(requests, reports, strict=True):
+        where = Path(config.output_dir, request.name) if len(requests) > 1 else config.output_dir
+        print(
+            f"{where}: {report.forget_records} records unlearned with {report.method}, {report.steps} "
+            f"steps in {report.seconds:.0f} s; no guarantee (see its README.md)"
+        )
+    show_curve(Path(config.output_dir))
+    if is_demonstration:
+        show_demonstration(str(model_arguments.model_name_or_path), config.output_dir)
+
+
+def chosen_method(argv: list[str]):
+    """The method's class, from the command line alone, since its flags are among the parser's."""
+    from llm_unlearn.approximate.methods import METHODS, load_method
+
+    name = "npo"
+    for index, argument in enumerate(argv):
+        if argument.startswith("--method="):
+            name = argument.partition("=")[2]
+        elif argument == "--method":
+            name = argv[index + 1] if index + 1 < len(argv) else ""
+    if name not in METHODS:
+        raise UserError(f"unknown --method {name!r}: one of {', '.join(METHODS)}")
+    return load_method(name)
+
+
+def show_help(argv: list[str]) -> None:
+    from llm_unlearn.approximate.cards import describe, one_line_each
+
+    if any(argument.split("=")[0] == "--method" for argument in argv):
+        print(describe(chosen_method(argv)))
+    else:
+        print(__doc__ + one_line_each())
+
+
+def show_curve(output: Path) -> None:
+    import json
+
+    from llm_unlearn.unlearning import CURVE_NAME
+
+    if not (output / CURVE_NAME).is_file():
+        return
+    rows = json.loads((output / CURVE_NAME).read_bytes())
+    print_table(
+        "After each request",
+        ("", "forgotten rows", "still known of them", "utility"),
+        [(r["request"], r["forgotten"], f"{r['forget']:.3f}", f"{r['utility']:.3f}") for r in rows],
+    )
+
+
+def prepare_demonstration(model_arguments, speaks: bool):
+    """A model that knows the private people, of whom twelve are to be forgotten."""
+    from llm_unlearn.console import steps_progress
+    from llm_unlearn.demonstration import knowing_adapter, unlearning_records
+    from llm_unlearn.unlearning import Request
+
+    forget, retain = unlearning_records()
+    if model_arguments.model_name_or_path is None:
+        with steps_progress("fine-tuning the model that is to forget", speaks) as say:
+            model_arguments.model_name_or_path = str(
+                knowing_adapter(Path("runs/demonstration-fine-tuned"), [*forget, *retain], say)
+            )
+    return [Request("request-1", forget, retain)]
+
+
+def show_demonstration(before: str, after: str) -> None:
+    from llm_unlearn.demonstration import unlearning_table
+
+    rows = [
+        (moment, *(f"{value:.0%}" for value in values))
+        for moment, values in unlearning_table({"before": before, "unlearned": after}).items()
+    ]
+    print_table(
+        "Facts answered right", ("", "to be forgotten", "to be kept", "public people"), rows
+    )
+    print("try: python recipes/benchmark.py, which puts all methods beside exact unlearning")
+
+
+if __name__ == "__main__":
+    run_and_exit(lambda: main(sys.argv[1:]))
