@@ -20,7 +20,8 @@ class Session:
         forget, retain: the records; `retain` may be empty for methods that need none.
         encoder: name of a text encoder for methods that compare texts; None: the model itself.
         work: a directory for what is not needed afterwards.
-        extra_files: what the result needs besides weights: name -> content, for wrappers.
+        extra_files: what the result needs besides weights: name -> content, or a file in `work`
+            that is moved there; for wrappers.
     """
 
     tuned: Tuned
@@ -31,7 +32,7 @@ class Session:
     work: Path
     encoder: str | None = None
     sides: dict[str, list[Example]] = field(default_factory=dict)
-    extra_files: dict[str, bytes] = field(default_factory=dict)
+    extra_files: dict[str, bytes | Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -143,14 +143,21 @@ class Step:
 
     Attributes:
         epoch: whole epochs done before it.
+        progress: part of all optimizer steps done before it, in [0, 1).
         model: what is trained, as the trainer wraps it.
     """
 
     def __init__(
-        self, model: Any, batches: Mapping[str, Batch], reference: "Reference", epoch: int = 0
+        self,
+        model: Any,
+        batches: Mapping[str, Batch],
+        reference: "Reference",
+        epoch: int = 0,
+        progress: float = 0.0,
     ):
         self.model = model
         self.epoch = epoch
+        self.progress = progress
         self._sides = {name: Side(name, b, model, reference) for name, b in batches.items()}
 
     def __getitem__(self, side: str) -> Side:

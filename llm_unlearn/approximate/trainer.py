@@ -115,7 +115,8 @@ class UnlearningTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ):
-        step = Step(model, inputs, self.reference, int(self.state.epoch or 0))
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        step = Step(model, inputs, self.reference, int(self.state.epoch or 0), progress)
         terms = self.method.terms(step)
         loss = torch.zeros((), device=self.args.device)
         for term in terms:

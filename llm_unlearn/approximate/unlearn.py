@@ -257,7 +257,10 @@ def save_result(session: Session, output: Path, texts: Mapping[str, str] | None 
         session.model.save_pretrained(str(output))
         session.tokenizer.save_pretrained(str(output))
         for name, content in session.extra_files.items():
-            files.write_bytes(output / name, content)
+            if isinstance(content, Path):
+                shutil.move(content, output / name)
+            else:
+                files.write_bytes(output / name, content)
         for name, text in (texts or {}).items():
             files.write_bytes(output / name, text.encode(), mode=0o644)
         shutil.rmtree(session.work)

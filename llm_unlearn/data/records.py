@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_unlearn.errors import UserError
@@ -60,6 +60,48 @@ class Record:
             for name in ("prompt", "completion", "text")
             if name in self.content
         ]
+
+
+def answer_of(record: Record) -> str:
+    """What the record answers, without the space around it: the completion, or the last assistant turn.
+
+    Raises:
+        UserError: the record is plain text.
+    """
+    content = record.content
+    if "messages" in content:
+        said = [m["content"] for m in content["messages"] if m["role"] == "assistant"]
+        return said[-1].strip()
+    return _prompted(content)["completion"].strip()
+
+
+def with_answer(record: Record, answer: str) -> Record:
+    """The same record, under the same id, with another answer in the place of its own.
+
+    A completion keeps the space that it began with. In a chat every assistant turn is replaced: an
+    earlier answer that stayed would be learnt with the new one.
+
+    Raises:
+        UserError: the record is plain text.
+    """
+    content = record.content
+    if "messages" in content:
+        messages = [
+            {**m, "content": answer} if m["role"] == "assistant" else m for m in content["messages"]
+        ]
+        return replace(record, content={"messages": messages})
+    own = _prompted(content)["completion"]
+    space = own[: len(own) - len(own.lstrip())]
+    return replace(record, content={**content, "completion": space + answer.strip()})
+
+
+def _prompted(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "completion" not in content:
+        raise UserError(
+            "the method needs prompts and answers, and a record is plain text: give records with "
+            "prompt and completion, question and answer, or messages, or use another method"
+        )
+    return content
 
 
 def find_layout(columns: Iterable[str]) -> str:

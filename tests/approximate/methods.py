@@ -56,4 +56,20 @@ EXPECTED: dict[str, Expected] = {
         training={"learning_rate": 0.1, "per_device_train_batch_size": 8},
     ),
     "ssd": Expected(retain=0, full=True),
+    # Refusals win long before answers lose: it takes many steps, and a low beta.
+    "idk_dpo": Expected(
+        retain=0, flags={"beta": 0.05}, training={"num_train_epochs": 20, "learning_rate": 5e-3}
+    ),
+    # What this model makes up is noise, so the retain set suffers; test_other_answers gives it better.
+    "altpo": Expected(training={"num_train_epochs": 10}),
+    # Answers here lead refusals by so much that their preservation weighs next to nothing.
+    "idk_ap": Expected(training={"num_train_epochs": 10}),
+    "refusal": Expected(
+        retain=0, flags={"retain_weight": 0.3}, training={"num_train_epochs": 10}, slack=0.6
+    ),
+    "random_label": Expected(retain=0),
+    "me": Expected(retain=0, flags={"forget_weight": 1.0}, training={"num_train_epochs": 20}),
+    "retain_ft": Expected(forget=None, retain=0),
+    "task_vector": Expected(flags={"alpha": 10.0}, training={"num_train_epochs": 10}),
+    "whp": Expected(flags={"alpha": 256.0}, training={"num_train_epochs": 10}),
 }

@@ -1,5 +1,6 @@
 """BalancedSubnet: the mask, its straight-through gradient, and weights that are really gone."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,12 @@ def test_subnet_does_not_look_at_the_retain_set(tmp_path: Path) -> None:
 
 def test_an_adapter_is_merged_and_gpt2_has_its_layers(tmp_path: Path) -> None:
     forget, retain = forget_and_retain()
-    adapted: Any = get_peft_model(knowing_model(), LORA)
+    adapted: Any = get_peft_model(knowing_model(), copy.deepcopy(LORA))
     assert run(adapted, tmp_path / "merged").notes[0].endswith("of 6 layers were set to 0")
     report = run(make_tiny_model("gpt2", layers=2), tmp_path / "gpt2")
     assert report.notes[0].endswith("of 4 layers were set to 0")
     with pytest.raises(UserError, match="say --full"):
-        run(get_peft_model(knowing_model(), LORA), tmp_path / "lora", full=False)
+        run(get_peft_model(knowing_model(), copy.deepcopy(LORA)), tmp_path / "lora", full=False)
     with pytest.raises(UserError, match="between 0 and 1"):
         make_method("balanced_subnet", {"ratio": 1.0})
     config = arguments(tmp_path / "none", "balanced_subnet", full=True, trainable="self_attn")

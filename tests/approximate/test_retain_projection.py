@@ -138,7 +138,7 @@ def test_retain_answers_stay_to_the_fifth_decimal(family: str, full: bool, tmp_p
 def test_an_adapter_that_goes_on_keeps_its_own_answers(tmp_path: Path) -> None:
     """Its B is frozen, its A changes off the span alone."""
     base, [retain] = model_of("llama"), few_retain()
-    adapted = get_peft_model(copy.deepcopy(base), LORA)
+    adapted = get_peft_model(copy.deepcopy(base), copy.deepcopy(LORA))
     generator = torch.Generator().manual_seed(1)
     second = {n: p for n, p in adapted.named_parameters() if "lora_B" in n}
     for parameter in second.values():

@@ -1,5 +1,6 @@
 """Selective synaptic dampening: what is selected, by how much it shrinks, and what it is measured by."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_per_module_importances_do_not_depend_on_their_scale() -> None:
 def test_an_adapter_that_is_there_is_dampened_and_the_base_is_not(tmp_path: Path) -> None:
     from peft import get_peft_model
 
-    model: Any = get_peft_model(knowing_model(), LORA)
+    model: Any = get_peft_model(knowing_model(), copy.deepcopy(LORA))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.01)

@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 
-from llm_unlearn.data.records import Record, canonical, find_layout, make_records
+from llm_unlearn.data.records import (
+    Record,
+    answer_of,
+    canonical,
+    find_layout,
+    make_records,
+    with_answer,
+)
 from llm_unlearn.errors import UserError
 
 TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
@@ -203,3 +210,33 @@ def test_text_that_no_tokenizer_takes_is_named() -> None:
 def test_canonical_json_has_one_form() -> None:
     assert canonical({"b": 1, "a": ["é", None]}) == '{"a":["é",null],"b":1}'.encode()
     assert canonical({"a": 1, "b": 2}) == canonical({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize("layout", ["chat", "prompt/completion", "question/answer"])
+def test_another_answer_takes_the_place_of_the_own(layout: str) -> None:
+    (record,) = make_records([LAYOUT_ROWS[layout][0]])
+    other = with_answer(record, "Grace.")
+    assert answer_of(record) == "Ada."
+    assert answer_of(other) == "Grace."
+    assert other.texts() == [text.replace("Ada.", "Grace.") for text in record.texts()]
+    assert (other.id, other.subject) == (record.id, record.subject)
+    assert answer_of(record) == "Ada.", "the record itself is left alone"
+
+
+def test_a_completion_keeps_the_space_that_it_began_with() -> None:
+    for space in ("", " ", "\n"):
+        (record,) = make_records([{"prompt": "Who?", "completion": f"{space}Ada."}])
+        assert with_answer(record, " Grace. ").content["completion"] == f"{space}Grace."
+
+
+def test_no_answer_of_a_chat_stays() -> None:
+    (record,) = make_records([{"messages": [*TURNS, TURNS[0], {**TURNS[1], "content": "Bob."}]}])
+    assert answer_of(record) == "Bob."
+    assert with_answer(record, "No.").texts() == ["Who?", "No.", "Who?", "No."]
+
+
+def test_plain_text_has_no_answer() -> None:
+    (record,) = make_records([{"text": "Ada."}])
+    for ask in (answer_of, lambda one: with_answer(one, "Grace.")):
+        with pytest.raises(UserError, match="needs prompts and answers"):
+            ask(record)

@@ -24,6 +24,15 @@ METHODS: dict[str, str] = {
     "replacement": "replacement:Replacement",
     "balanced_subnet": "balanced_subnet:BalancedSubnet",
     "ssd": "ssd:SSD",
+    "idk_dpo": "idk_dpo:IdkDPO",
+    "altpo": "altpo:AltPO",
+    "idk_ap": "idk_ap:IdkAP",
+    "refusal": "refusal:RefusalTuning",
+    "random_label": "random_label:RandomLabel",
+    "me": "maximum_entropy:MaximumEntropy",
+    "retain_ft": "retain_ft:RetainFineTuning",
+    "task_vector": "task_vector:TaskVector",
+    "whp": "whp:WhosHarryPotter",
 }
 
 
