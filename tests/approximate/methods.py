@@ -30,4 +30,5 @@ EXPECTED: dict[str, Expected] = {
     "npo": Expected(retain=0),
     "simnpo": Expected(retain=0, flags={"forget_weight": 1.0}),
     "kl": Expected(retain=0),
+    "icu": Expected(retain=0),
 }

@@ -12,6 +12,7 @@ METHODS: dict[str, str] = {
     "npo": "npo:NPO",
     "simnpo": "simnpo:SimNPO",
     "kl": "kl_minimization:KLMinimization",
+    "icu": "icu:ICU",
 }
 
 
