@@ -31,4 +31,5 @@ EXPECTED: dict[str, Expected] = {
     "simnpo": Expected(retain=0, flags={"forget_weight": 1.0}),
     "kl": Expected(retain=0),
     "icu": Expected(retain=0),
+    "o3": Expected(training={"num_train_epochs": 20}),
 }

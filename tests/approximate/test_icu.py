@@ -1,6 +1,10 @@
 """ICU: its loss by hand, its pairs, and rows that are left out once they are forgotten."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +212,41 @@ def test_texts_and_chats_work_and_full_weights_too(tmp_path: Path) -> None:
         LORA,
     )
     assert report.stopped_rows == 2, "nobody ever taught it these"
+
+
+def main(output: str, batch_size: int) -> None:
+    """One process of several: train until all rows are forgotten."""
+    forget, retain = forget_and_retain()
+    config = arguments(
+        Path(output), "icu", num_train_epochs=12, per_device_train_batch_size=batch_size
+    )
+    unlearn(
+        knowing_model(), make_tiny_tokenizer(), forget, retain, config, make_method("icu"), LORA
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_leave_out_the_same_rows(tmp_path: Path) -> None:
+    reports = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        script = tmp_path / f"{processes}.py"
+        script.write_text(
+            "from tests.approximate.test_icu import main\n"
+            f"main({str(output)!r}, {4 // processes})\n"
+        )
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [sys.executable, *launch, str(script)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        reports.append(json.loads((output / "unlearning.json").read_bytes()))
+    one, two = reports
+    assert one["stopped_rows"] == two["stopped_rows"] == 8
+    assert one["steps"] == two["steps"]
+    for left, right in zip(one["history"], two["history"], strict=True):
+        assert left == pytest.approx(right, rel=1e-3, abs=1e-4)

@@ -13,6 +13,7 @@ METHODS: dict[str, str] = {
     "simnpo": "simnpo:SimNPO",
     "kl": "kl_minimization:KLMinimization",
     "icu": "icu:ICU",
+    "o3": "o3:O3",
 }
 
 

@@ -1,0 +1,253 @@
+"""O3: refuse what is to be forgotten, by an adapter that is switched on by prompts alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_unlearn.approximate.method import Card, Method, flag, flags
+from llm_unlearn.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llm_unlearn.approximate.encoder import Encoder
+    from llm_unlearn.approximate.session import Session
+    from llm_unlearn.approximate.step import Step, Term
+    from llm_unlearn.data.records import Record
+
+ANSWER = "forget/answer"
+EARLIER = "earlier.safetensors"
+DETECTORS = "detectors.safetensors"
+REFUSALS = (
+    "I don't know.", "I'm not able to answer that.", "I have no information about that.",
+    "I'm sorry, I don't know that.", "That is not something I know.", "I can't answer this question.",
+)  # fmt: skip
+
+
+@dataclass
+class O3(Method):
+    """L = CE(refusal | forget prompt) + orthogonality * sum over earlier t of ||A_t A^T||_F^2."""
+
+    orthogonality: float = flag(0.1, "weight of the overlap with the adapters of earlier requests")
+    target: str = flag(
+        "refusal", "what is learnt instead: refusal, or wrong (a forget record's other answer)"
+    )
+    earlier: str = flag(
+        "", "directory that the request before wrote (default: the given model's own)"
+    )
+    gamma: float = flag(1000.0, "of the detector: weight of the nearest text's cosine")
+    held_out: float = flag(0.3, "part of the forget records that the detector is calibrated with")
+    quantile: float = flag(0.05, "of the held-out scores, from which the adapter is half on")
+    margin: float = flag(0.5, "standard deviations below that quantile")
+    steepness: float = flag(4.0, "of the adapter's weight, by standard deviation")
+
+    card = Card(
+        title="O3: orthogonal adapters behind a detector",
+        source="Gao et al., On Large Language Model Continual Unlearning, arXiv 2407.10223",
+        idea="An adapter learns to refuse; request after request it goes on being trained, away from the "
+        "rows of its earlier states. A detector for each request compares a prompt with the texts "
+        "to be forgotten, layer by layer, and weighs the adapter: 0 leaves the base model.",
+        use_when="Requests come one after another, and there is no data to keep.",
+        fails_when="It removes nothing: without the adapter all is there, and prompts that the detector does "
+        "not know (another language, a paraphrase, a long context) pass it. Neighbours of the forget "
+        "set are refused too, the more the fewer records there are. The detector stores statistics "
+        "of the forget texts, from which they may be told; its file must be kept as they would be.",
+        differs="Scores have one sign (the code adds a distance where it should subtract), means leave out "
+        "padding, covariances are shrunk, the weight is one-sided: sigmoid(steepness * (score - threshold)) "
+        "with the threshold from held-out forget texts. Cosines are of features less their mean. Layers are "
+        "averaged in units of held-out spread instead of a one-class SVM. The detector's backbone "
+        "is the base model, or a text encoder (--encoder) as it is: the paper trains one. Rows of a batch "
+        "have their own weights.",
+    )
+    preset = flags(
+        learning_rate=2e-5, num_train_epochs=10.0, per_device_train_batch_size=4,
+        gradient_accumulation_steps=1, weight_decay=0.1,
+    )  # fmt: skip
+    uses_retain = False
+    is_suppression = True
+
+    def __post_init__(self) -> None:
+        if self.target not in ("refusal", "wrong"):
+            raise UserError(f"--target is refusal or wrong, got {self.target!r}")
+        if not (0 < self.held_out < 1 and 0 <= self.quantile <= 1):
+            raise UserError("--held_out is between 0 and 1, and so is --quantile")
+        self._earlier: dict[str, Tensor] = {}
+
+    def sides(self, session: Session) -> Mapping[str, list[Record]]:
+        answers = refusals if self.target == "refusal" else wrong_answers
+        return {ANSWER: answers(session.forget, session.config.seed)}
+
+    def prepare(self, session: Session) -> None:
+        from safetensors.torch import load_file
+
+        if not session.tuned.is_adapter:
+            raise UserError("O3 weighs an adapter by row, and --full leaves none: take --full away")
+        if len(session.forget) < 2:
+            raise UserError(
+                "O3's detector needs two forget records at least, one to calibrate with"
+            )
+        directory = self._directory(session)
+        if directory is None:
+            return
+        if not (directory / EARLIER).is_file():
+            raise UserError(f"{directory} was not written by --method o3: it has no {EARLIER}")
+        self._earlier = load_file(directory / EARLIER, device=str(session.model.device))
+        last = len({name.split("/")[0] for name in self._earlier}) - 1
+        for name, factor in _factors(session.tuned.trainable).items():
+            known = self._earlier.get(f"{last}/{name}")
+            if known is None or known.shape != factor.shape or not known.equal(factor.to(known)):
+                raise UserError(
+                    f"the model does not come with the adapter in {directory}: give that one"
+                )
+
+    def _directory(self, session: Session) -> Path | None:
+        given = self.earlier or getattr(session.model, "written_in", "")
+        return Path(given) if given else None
+
+    def terms(self, step: Step) -> list[Term]:
+        answer = step[ANSWER]
+        terms = [answer.per_token("answer", -answer.log_probabilities_BT)]
+        if self._earlier and self.orthogonality:
+            overlap = overlap_with_earlier(
+                _factors(dict(step.model.named_parameters())), self._earlier
+            )
+            # The mean over the step's rows of what is the same for each: counted once.
+            rows_B = overlap.expand(len(answer.index_B))
+            terms.append(answer.per_row("overlap", rows_B, self.orthogonality))
+        return terms
+
+    def finish(self, session: Session) -> None:
+        from safetensors.torch import load_file, save
+
+        directory = self._directory(session)
+        known = load_file(directory / DETECTORS) if directory else {}
+        settings = json.loads((directory / "wrapper.json").read_bytes()) if directory else {}
+        if directory and settings["encoder"] != session.encoder:
+            raise UserError(
+                f"the detectors in {directory} are of --encoder {settings['encoder']}: give it"
+            )
+        number = settings.get("requests", 0)
+        detector = self._detector(session)
+        known |= {f"{number}/{name}": tensor for name, tensor in detector.tensors().items()}
+        now = {
+            f"{number}/{name}": a.detach().clone()
+            for name, a in _factors(session.tuned.trainable).items()
+        }
+        stored = {name: tensor.cpu().contiguous() for name, tensor in (self._earlier | now).items()}
+        told = {"method": "o3", "requests": number + 1, "encoder": session.encoder}
+        session.extra_files |= {
+            "wrapper.json": json.dumps(told).encode(), EARLIER: save(stored), DETECTORS: save(known),
+        }  # fmt: skip
+        session.notes.append(
+            f"{DETECTORS} holds statistics of the forget texts of {number + 1} requests: guard it as them"
+        )
+
+    def _detector(self, session: Session) -> Any:
+        from llm_unlearn.approximate.detector import Calibration, Detector, split_rows
+        from llm_unlearn.approximate.soft_adapter import lower_layers, row_features
+
+        encoder = _encoder(session.encoder, session.model, session.tokenizer)
+        numbers = Calibration(self.gamma, self.held_out, self.quantile, self.margin, self.steepness)
+        views = [
+            row_features(encoder, session.tokenizer, _views(session, number), lower_layers(encoder))
+            for number in range(len(session.forget))
+        ]
+        import torch
+
+        used, held_out = split_rows(len(views), self.held_out, session.config.seed)
+        parts = (torch.cat([views[number] for number in part]) for part in (used, held_out))
+        return Detector.fit(*parts, numbers)
+
+    @classmethod
+    def wrap(cls, model: Any, tokenizer: Any, directory: Path, settings: Mapping[str, Any]) -> Any:
+        from safetensors.torch import load_file
+
+        from llm_unlearn.approximate.detector import Detector
+        from llm_unlearn.approximate.soft_adapter import SoftAdapter, lower_layers
+
+        tensors = load_file(directory / DETECTORS)
+        encoder = _encoder(settings["encoder"], model, tokenizer)
+        detectors = []
+        for number in range(settings["requests"]):
+            head = f"{number}/"
+            mine = {n.removeprefix(head): t for n, t in tensors.items() if n.startswith(head)}
+            detectors.append(Detector.from_tensors(mine, model.device))
+        model.written_in = str(directory)
+        return SoftAdapter(model, tokenizer, detectors, encoder, lower_layers(encoder))
+
+
+def overlap_with_earlier(factors: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> Tensor:
+    """Sum over earlier requests and modules of ||A_t A^T||_F^2, scalar; 0 where rows are orthogonal.
+
+    Args:
+        factors: `lora_A` weights by module.
+        earlier: the same by `request/module`.
+    """
+    import torch
+
+    from llm_unlearn.approximate.losses import orthogonality
+
+    parts = [
+        orthogonality(known.to(factors[name.split("/", 1)[1]]), factors[name.split("/", 1)[1]])
+        for name, known in earlier.items()
+    ]
+    return torch.stack(parts).sum()
+
+
+def refusals(forget: Sequence[Record], seed: int) -> list[Record]:
+    """Each record with a refusal, drawn by the seed."""
+    from llm_unlearn.approximate.batches import seeded_order
+
+    drawn = [seeded_order(len(REFUSALS), f"{seed} {record.id}")[0] for record in forget]
+    return [_answered(record, REFUSALS[n]) for record, n in zip(forget, drawn, strict=True)]
+
+
+def wrong_answers(forget: Sequence[Record], seed: int) -> list[Record]:
+    """Each record with an answer that another forget record has and it has not."""
+    from llm_unlearn.approximate.batches import seeded_order
+
+    if any("completion" not in record.content for record in forget):
+        raise UserError("--target wrong needs records with a prompt and a completion")
+    answers = sorted({record.content["completion"].strip() for record in forget})
+    if len(answers) < 2:
+        raise UserError("--target wrong: all forget records have the same answer, none is wrong")
+    found = []
+    for record in forget:
+        wrong = [answer for answer in answers if answer != record.content["completion"].strip()]
+        found.append(_answered(record, wrong[seeded_order(len(wrong), f"{seed} {record.id}")[0]]))
+    return found
+
+
+def _answered(record: Record, answer: str) -> Record:
+    """The record's prompt (of a text, its first half) with another answer."""
+    from dataclasses import replace
+
+    content = record.content
+    if "messages" in content:
+        turns = [*content["messages"][:-1], {"role": "assistant", "content": answer}]
+        return replace(record, content={"messages": turns})
+    prompt = content.get("prompt") or content["text"][: max(1, len(content["text"]) // 2)]
+    return replace(record, content={"prompt": prompt, "completion": f" {answer}"})
+
+
+def _factors(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """`lora_A` weights by module, whatever wraps the model."""
+    return {name.removeprefix("module."): p for name, p in parameters.items() if ".lora_A." in name}
+
+
+def _views(session: Session, number: int) -> list[list[int]]:
+    """A record as it is asked about: its prompt alone, and all of it."""
+    example = session.sides["forget"][number]
+    prompt = session.sides[ANSWER][number]
+    length = next(place for place, label in enumerate(prompt.labels) if label >= 0)
+    return [prompt.input_ids[:length], example.input_ids]
+
+
+def _encoder(name: str | None, model: Any, tokenizer: Any) -> Encoder:
+    from llm_unlearn.approximate.encoder import BaseEncoder, load_encoder
+
+    return BaseEncoder(model, tokenizer) if name is None else load_encoder(name, model.device)
