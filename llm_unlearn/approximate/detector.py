@@ -65,16 +65,10 @@ class Detector:
         """
         numbers = calibration or Calibration()
         layers = [_describe(used_NLD[:, layer].float()) for layer in range(used_NLD.shape[1])]
-        described = [torch.stack(parts) for parts in zip(*layers, strict=True)]
-        count = used_NLD.shape[1]
-        device = used_NLD.device
-        settings = torch.tensor([numbers.gamma, 0.0, numbers.steepness], device=device)
-        plain = cls(
-            *described,
-            torch.zeros(count, device=device),
-            torch.ones(count, device=device),
-            settings,
-        )
+        described = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+        zeros_L = torch.zeros(len(layers), device=used_NLD.device)
+        settings = torch.tensor([numbers.gamma, 0.0, numbers.steepness], device=used_NLD.device)
+        plain = cls(**described, center_L=zeros_L, spread_L=zeros_L + 1, settings=settings)
         scores_ML = plain.layer_scores(held_out_MLD)
         center_L = scores_ML.mean(0)
         spread_L = scores_ML.std(0, correction=0)
@@ -82,8 +76,8 @@ class Detector:
         spread_L = spread_L.maximum(0.05 * center_L.abs()).clamp_min(1e-6)
         standard_M = ((scores_ML - center_L) / spread_L).mean(1)
         threshold = standard_M.quantile(numbers.quantile) - numbers.margin
-        settings = torch.tensor([numbers.gamma, threshold, numbers.steepness], device=device)
-        return cls(*described, center_L, spread_L, settings)
+        settings = torch.stack([settings[0], threshold.float(), settings[2]])
+        return cls(**described, center_L=center_L, spread_L=spread_L, settings=settings)
 
     def layer_scores(self, features_BLD: Tensor) -> Tensor:
         """-1/2 Mahalanobis distance squared + gamma * the highest cosine, (B, L): higher = forget."""
@@ -114,8 +108,8 @@ class Detector:
         return cls(**{field.name: tensors[field.name].to(device) for field in fields(cls)})
 
 
-def _describe(features_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Mean, directions, variances, floor and normalised features of one layer."""
+def _describe(features_ND: Tensor) -> dict[str, Tensor]:
+    """Statistics of one layer."""
     from sklearn.covariance import ledoit_wolf_shrinkage
 
     mean_D = features_ND.mean(0)
@@ -125,7 +119,13 @@ def _describe(features_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     floor = (shrinkage * away_ND.square().mean()).clamp_min(1e-6)
     _, sizes_K, directions_KD = torch.linalg.svd(away_ND, full_matrices=False)
     variances_K = (1 - shrinkage) * sizes_K.square() / len(features_ND) + floor
-    return mean_D, directions_KD, variances_K, floor, normalize(away_ND, dim=-1)
+    return {
+        "mean_LD": mean_D,
+        "directions_LKD": directions_KD,
+        "variances_LK": variances_K,
+        "floor_L": floor,
+        "features_LND": normalize(away_ND, dim=-1),
+    }
 
 
 def split_rows(count: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:

@@ -119,6 +119,7 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
     """
     config = copy.copy(config) if config else UnlearningConfig()
     method = method or make_method(config.method)
+    model = method.start_from(model)
     check_sets(forget, retain, method.uses_retain)
     start = time.monotonic()
     set_seed(config.seed)

@@ -75,7 +75,11 @@ class O3(Method):
             raise UserError(f"--target is refusal or wrong, got {self.target!r}")
         if not (0 < self.held_out < 1 and 0 <= self.quantile <= 1):
             raise UserError("--held_out is between 0 and 1, and so is --quantile")
-        self._earlier: dict[str, Tensor] = {}
+        self._factors: dict[str, Tensor] = {}  # lora_A weights by module
+        self._earlier: dict[str, Tensor] = {}  # the same by request/module
+
+    def start_from(self, model: Any) -> Any:
+        return getattr(model, "adapted", model)
 
     def sides(self, session: Session) -> Mapping[str, list[Record]]:
         answers = refusals if self.target == "refusal" else wrong_answers
@@ -90,6 +94,8 @@ class O3(Method):
             raise UserError(
                 "O3's detector needs two forget records at least, one to calibrate with"
             )
+        trained = session.tuned.trainable.items()
+        self._factors = {name: factor for name, factor in trained if ".lora_A." in name}
         directory = self._directory(session)
         if directory is None:
             return
@@ -97,7 +103,7 @@ class O3(Method):
             raise UserError(f"{directory} was not written by --method o3: it has no {EARLIER}")
         self._earlier = load_file(directory / EARLIER, device=str(session.model.device))
         last = len({name.split("/")[0] for name in self._earlier}) - 1
-        for name, factor in _factors(session.tuned.trainable).items():
+        for name, factor in self._factors.items():
             known = self._earlier.get(f"{last}/{name}")
             if known is None or known.shape != factor.shape or not known.equal(factor.to(known)):
                 raise UserError(
@@ -112,9 +118,7 @@ class O3(Method):
         answer = step[ANSWER]
         terms = [answer.per_token("answer", -answer.log_probabilities_BT)]
         if self._earlier and self.orthogonality:
-            overlap = overlap_with_earlier(
-                _factors(dict(step.model.named_parameters())), self._earlier
-            )
+            overlap = overlap_with_earlier(self._factors, self._earlier)
             # The mean over the step's rows of what is the same for each: counted once.
             rows_B = overlap.expand(len(answer.index_B))
             terms.append(answer.per_row("overlap", rows_B, self.orthogonality))
@@ -133,10 +137,7 @@ class O3(Method):
         number = settings.get("requests", 0)
         detector = self._detector(session)
         known |= {f"{number}/{name}": tensor for name, tensor in detector.tensors().items()}
-        now = {
-            f"{number}/{name}": a.detach().clone()
-            for name, a in _factors(session.tuned.trainable).items()
-        }
+        now = {f"{number}/{name}": a.detach().clone() for name, a in self._factors.items()}
         stored = {name: tensor.cpu().contiguous() for name, tensor in (self._earlier | now).items()}
         told = {"method": "o3", "requests": number + 1, "encoder": session.encoder}
         session.extra_files |= {
@@ -152,15 +153,13 @@ class O3(Method):
 
         encoder = _encoder(session.encoder, session.model, session.tokenizer)
         numbers = Calibration(self.gamma, self.held_out, self.quantile, self.margin, self.steepness)
-        views = [
-            row_features(encoder, session.tokenizer, _views(session, number), lower_layers(encoder))
-            for number in range(len(session.forget))
-        ]
-        import torch
-
-        used, held_out = split_rows(len(views), self.held_out, session.config.seed)
-        parts = (torch.cat([views[number] for number in part]) for part in (used, held_out))
-        return Detector.fit(*parts, numbers)
+        count = len(session.forget)
+        rows = [view for number in range(count) for view in _views(session, number)]
+        features = row_features(encoder, session.tokenizer, rows, lower_layers(encoder))
+        features_NVLD = features.unflatten(0, (count, -1))  # V views of a record
+        used, held_out = split_rows(count, self.held_out, session.config.seed)
+        used_NLD, held_out_MLD = (features_NVLD[part].flatten(0, 1) for part in (used, held_out))
+        return Detector.fit(used_NLD, held_out_MLD, numbers)
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, directory: Path, settings: Mapping[str, Any]) -> Any:
@@ -232,11 +231,6 @@ def _answered(record: Record, answer: str) -> Record:
         return replace(record, content={"messages": turns})
     prompt = content.get("prompt") or content["text"][: max(1, len(content["text"]) // 2)]
     return replace(record, content={"prompt": prompt, "completion": f" {answer}"})
-
-
-def _factors(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """`lora_A` weights by module, whatever wraps the model."""
-    return {name.removeprefix("module."): p for name, p in parameters.items() if ".lora_A." in name}
 
 
 def _views(session: Session, number: int) -> list[list[int]]:
