@@ -17,7 +17,7 @@ from llm_unlearn.approximate.soft_adapter import RowWeights, SoftAdapter
 from llm_unlearn.approximate.unlearn import make_method, unlearn
 from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.errors import UserError
-from llm_unlearn.models import _wrapped
+from llm_unlearn.models import _wrapped, load_model
 from tests.approximate.known import LORA, arguments, forget_and_retain, knowing_model, knowledge
 from tests.approximate.test_pairing import save_text_encoder
 from tests.tiny import make_tiny_tokenizer
@@ -296,6 +296,16 @@ def test_what_is_written_loads_as_a_plain_adapter_and_holds_no_text(tmp_path: Pa
     content = b"".join(path.read_bytes() for path in tmp_path.iterdir() if path.is_file())
     assert forget[0].content["completion"].encode() not in content
     assert "detectors.safetensors" in (tmp_path / "unlearning.json").read_text()
+
+
+def test_a_base_with_its_adapter_answers_through_the_detector_too(tmp_path: Path) -> None:
+    forget, _ = forget_and_retain()
+    knowing_model().save_pretrained(tmp_path / "base")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "base")
+    request(tmp_path / "1", knowing_model(), forget, training={"num_train_epochs": 1})
+    loaded = load_model(str(tmp_path / "base"), adapter=str(tmp_path / "1"))
+    assert isinstance(loaded.model, SoftAdapter)
+    assert torch.equal(weights(loaded.model, forget), weights(answering(tmp_path / "1"), forget))
 
 
 def test_a_text_encoder_can_be_the_backbone(tmp_path: Path) -> None:
