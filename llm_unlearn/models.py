@@ -45,7 +45,8 @@ def load_model(
     if adapter is not None:
         base, tokenizer = _base(name_or_path, revision, options)
         label = f"{name_or_path} + {adapter}"
-        return LoadedModel(with_adapter(base, adapter), tokenizer, label)
+        model = wrapped(with_adapter(base, adapter), tokenizer, Path(adapter))
+        return LoadedModel(model, tokenizer, label)
     if run := run_of(path):
         return _load_run(run, name_or_path, dtype)
     if (path / "adapter_config.json").is_file():

@@ -13,8 +13,8 @@ from llm_unlearn.errors import UserError
 COMMON: dict[str, Any] = {
     "learning_rate": 1e-5, "num_train_epochs": 10.0, "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 4, "weight_decay": 0.0, "lr_scheduler_type": "linear",
-    "warmup_steps": 0.0, "optim": "adamw_torch", "adam_beta2": 0.999, "max_grad_norm": 1.0, "optim_args": None,
-    "max_steps": -1,
+    "warmup_steps": 0.0, "optim": "adamw_torch", "optim_args": None, "adam_beta2": 0.999,
+    "max_grad_norm": 1.0, "max_steps": -1, "stop_samples": "never",
 }  # fmt: skip
 # Papers tune all weights; a LoRA wants a learning rate about ten times higher.
 LORA_FACTOR = 10.0
@@ -57,9 +57,8 @@ class UnlearningConfig(TrainingArguments):
             "that part of their variance (paper: 0.95; off)."
         },
     )
-    stop_samples: str = field(
-        default="never",
-        metadata={"help": "Leave out forget rows that are forgotten, each round: never or icu."},
+    stop_samples: str = preset_field(
+        "stop_samples", "Leave out forget rows that are forgotten, each round: never or icu"
     )
     stop_when: str = field(default="never", metadata={"help": f"End early: {', '.join(STOPS)}."})
     utility_floor: float | None = field(

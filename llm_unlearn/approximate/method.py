@@ -76,6 +76,21 @@ class Method:
     needs_weights: ClassVar[bool] = False
     is_suppression: ClassVar[bool] = False
 
+    def start_from(self, model: Any) -> Any:
+        """What is trained, of the model that is given.
+
+        Raises:
+            UserError: it answers through a wrapper, which training would leave behind.
+        """
+        from llm_unlearn.errors import UserError
+
+        if hasattr(model, "adapted"):
+            raise UserError(
+                "the model answers through the wrapper of another method: go on with that method, or "
+                "give the base model and the adapter themselves"
+            )
+        return model
+
     def needs(self) -> Mapping[str, set[str]]:
         """What it asks of the reference model, by side: `LOG_PROBABILITIES`, `DISTRIBUTIONS`, `HIDDEN`."""
         return {}

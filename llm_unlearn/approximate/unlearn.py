@@ -122,6 +122,7 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
     start = time.monotonic()
     config = config or UnlearningConfig()
     method = method or make_method(config.method)
+    model = method.start_from(model)
     session, output = prepare(
         model, tokenizer, forget, retain, config, method, lora=lora, encoder=encoder
     )

@@ -72,4 +72,6 @@ EXPECTED: dict[str, Expected] = {
     "retain_ft": Expected(forget=None, retain=0),
     "task_vector": Expected(flags={"alpha": 10.0}, training={"num_train_epochs": 10}),
     "whp": Expected(flags={"alpha": 256.0}, training={"num_train_epochs": 10}),
+    "icu": Expected(retain=0),
+    "o3": Expected(training={"num_train_epochs": 20}),
 }

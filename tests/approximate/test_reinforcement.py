@@ -216,9 +216,9 @@ def test_whp_writes_the_model_before_and_the_reinforced_one(kind: str, tmp_path:
     written = read_result(tmp_path, kind == "full")
     with torch.no_grad():
         torch.testing.assert_close(written(IDS).logits, before, atol=1e-5, rtol=1e-5)
-    wrapped = wrapped(written, make_tiny_tokenizer(), tmp_path)
-    assert isinstance(wrapped, DifferenceModel)
-    assert knowledge(wrapped, forget) < knowledge(written, forget) - 0.3
+    answering = wrapped(written, make_tiny_tokenizer(), tmp_path)
+    assert isinstance(answering, DifferenceModel)
+    assert knowledge(answering, forget) < knowledge(written, forget) - 0.3
     with torch.no_grad():
         for name, p in written.named_parameters():
             if name in wrapped.reinforced:

@@ -33,6 +33,8 @@ METHODS: dict[str, str] = {
     "retain_ft": "retain_ft:RetainFineTuning",
     "task_vector": "task_vector:TaskVector",
     "whp": "whp:WhosHarryPotter",
+    "icu": "icu:ICU",
+    "o3": "o3:O3",
 }
 
 

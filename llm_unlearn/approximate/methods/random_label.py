@@ -29,7 +29,7 @@ def mismatched(records: Sequence[Record], others: Sequence[Record], seed: int) -
     for record in records:
         wrong = [answer for answer in answers if _plain(answer) != _plain(answer_of(record))]
         if not wrong:
-            raise UserError("all records have the same answer: random_label has no other to teach")
+            raise UserError("all records have the same answer: there is no other to teach")
         draw = int(digest(["label", seed, record.id]), 16)
         found.append(with_answer(record, wrong[draw % len(wrong)]))
     return found
