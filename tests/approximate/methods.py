@@ -57,5 +57,7 @@ EXPECTED: dict[str, Expected] = {
     "me": Expected(retain=0, flags={"forget_weight": 1.0}, training={"num_train_epochs": 20}),
     "retain_ft": Expected(forget=None, retain=0),
     "task_vector": Expected(flags={"alpha": 10.0}, training={"num_train_epochs": 10}),
-    "whp": Expected(flags={"alpha": 256.0}, training={"num_train_epochs": 10}),
+    "whp": Expected(
+        retain=0, flags={"alpha": 256.0}, training={"num_train_epochs": 10, "learning_rate": 5e-4}
+    ),
 }
