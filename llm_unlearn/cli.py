@@ -278,6 +278,32 @@ def compare(
         console.warn(escape(note))
 
 
+@app.command()
+def fuse(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="OUT...", help="Directories that --method eul wrote.")
+    ],
+    output: Annotated[Path, typer.Option(help="Where the fused adapter goes.")],
+    rank: Annotated[int | None, typer.Option(help="Its rank (the sum of all: exact).")] = None,
+    ridge: Annotated[float, typer.Option(help="Times the mean diagonal; holds the rest.")] = 1e-6,
+    as_json: Json = False,
+) -> None:
+    """Several requests' unlearning adapters as one ordinary LoRA, in closed form."""
+    from llm_unlearn.approximate.fusion import fuse
+
+    done = fuse(adapters, output, ridge, rank)
+    if as_json:
+        console.print_json(asdict(done))
+        return
+    print(
+        f"fused {done.adapters} adapters of {done.layers} layers into {done.output}: rank {done.rank}, "
+        f"{done.error:.1e} of a change left out at most"
+    )
+    console.warn(
+        "gram.safetensors tells about the forget sets: delete it when nothing more is fused"
+    )
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are one line."""
     console.run_and_exit(app)

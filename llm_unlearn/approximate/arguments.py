@@ -13,7 +13,7 @@ from llm_unlearn.errors import UserError
 COMMON: dict[str, Any] = {
     "learning_rate": 1e-5, "num_train_epochs": 10.0, "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 4, "weight_decay": 0.0, "lr_scheduler_type": "linear",
-    "warmup_steps": 0.0, "optim": "adamw_torch", "adam_beta2": 0.999, "max_grad_norm": 1.0,
+    "warmup_steps": 0.0, "optim": "adamw_torch", "adam_beta2": 0.999, "max_grad_norm": 1.0, "optim_args": None,
     "max_steps": -1,
 }  # fmt: skip
 # Papers tune all weights; a LoRA wants a learning rate about ten times higher.

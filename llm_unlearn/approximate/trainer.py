@@ -33,9 +33,11 @@ class DivergedError(ArithmeticError):
 
 
 class GradientModifier(Protocol):
-    """Changes gradients before each optimizer step."""
+    """Changes gradients before each optimizer step, and parameters right after it."""
 
     def apply(self, parameters: Mapping[str, torch.nn.Parameter]) -> None: ...
+
+    def after_step(self, parameters: Mapping[str, torch.nn.Parameter]) -> None: ...
 
 
 class SampleStopper(Protocol):
@@ -212,6 +214,10 @@ class _Rounds(TrainerCallback):
         self.trainer.remember_good()
         if self.trainer.modifier is not None:
             self.trainer.modifier.apply(self.trainer.session.tuned.trainable)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.modifier is not None:
+            self.trainer.modifier.after_step(self.trainer.session.tuned.trainable)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         means = self.trainer.step_means()

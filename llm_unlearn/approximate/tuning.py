@@ -118,11 +118,10 @@ def _active(model: Any) -> str:
 
 def _fresh(model: Any, lora: LoraConfig, trainable: str | None, seed: int) -> PeftModel:
     """A new adapter whose first values depend on the seed alone."""
-    lora = copy.copy(lora)  # PEFT writes into it
+    lora = copy.deepcopy(lora)  # PEFT and we write into it, and it is the caller's
     if trainable is not None:
-        linear = [
-            n for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-        ]
+        kinds = (nn.Linear, Conv1D)
+        linear = [name for name, module in model.named_modules() if isinstance(module, kinds)]
         names = [n for n in linear if re.search(trainable, n) and not n.endswith("lm_head")]
         if not names:
             raise UserError(f"no linear layer matches --trainable {trainable!r}")

@@ -1,6 +1,7 @@
 """What every method is to do to a tiny model that knows its records: one line each."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -42,6 +43,19 @@ EXPECTED: dict[str, Expected] = {
     "rmu": Expected(
         retain=0, flags={"layer": 1}, training={"num_train_epochs": 20, "learning_rate": 1e-2}
     ),
+    "eul": Expected(retain=0, training={"learning_rate": 1e-2, "num_train_epochs": 20}),
+    "replacement": Expected(
+        retain=0,
+        flags={"redact": str(Path(__file__).with_name("private.txt")), "placeholder": " and none"},
+        training={"learning_rate": 1e-4, "num_train_epochs": 8, "gradient_accumulation_steps": 100},
+    ),
+    "balanced_subnet": Expected(
+        retain=0,
+        full=True,
+        flags={"ratio": 0.1},
+        training={"learning_rate": 0.1, "per_device_train_batch_size": 8},
+    ),
+    "ssd": Expected(retain=0, full=True),
     # Refusals win long before answers lose: it takes many steps, and a low beta.
     "idk_dpo": Expected(
         retain=0, flags={"beta": 0.05}, training={"num_train_epochs": 20, "learning_rate": 5e-3}
