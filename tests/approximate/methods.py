@@ -71,7 +71,9 @@ EXPECTED: dict[str, Expected] = {
     "me": Expected(retain=0, flags={"forget_weight": 1.0}, training={"num_train_epochs": 20}),
     "retain_ft": Expected(forget=None, retain=0),
     "task_vector": Expected(flags={"alpha": 10.0}, training={"num_train_epochs": 10}),
-    "whp": Expected(flags={"alpha": 256.0}, training={"num_train_epochs": 10}),
     "icu": Expected(retain=0),
     "o3": Expected(training={"num_train_epochs": 20}),
+    "whp": Expected(
+        retain=0, flags={"alpha": 256.0}, training={"num_train_epochs": 10, "learning_rate": 5e-4}
+    ),
 }

@@ -1,5 +1,6 @@
 """O3: orthogonal requests, a detector by hand, and rows that are weighed one by one."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_held_out_records_are_others_and_the_seed_decides() -> None:
 def adapted_model() -> Any:
     """A LoRA that changes what the model says."""
     torch.manual_seed(1)
-    model = get_peft_model(knowing_model(), LORA)
+    model = get_peft_model(knowing_model(), copy.deepcopy(LORA))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:

@@ -1,5 +1,6 @@
 """Task vectors and Who's Harry Potter: what is made of a model that learnt the forget set harder."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
 
 def filled(lora: LoraConfig, seed: int) -> PeftModel:
     """A model with an adapter that adds something."""
-    model = get_peft_model(knowing_model(), lora)
+    model = get_peft_model(knowing_model(), copy.deepcopy(lora))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -76,7 +77,7 @@ def test_an_adapter_is_negated_exactly(shape: str, is_fresh: bool, tmp_path: Pat
     lora = LoraConfig(
         r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **SHAPES[shape]
     )
-    before = get_peft_model(knowing_model(), lora) if is_fresh else filled(lora, 1)
+    before = get_peft_model(knowing_model(), copy.deepcopy(lora)) if is_fresh else filled(lora, 1)
     before.save_pretrained(tmp_path / "before")
     tuned = trained_by_hand(before, 2)
     tuned.model.save_pretrained(tmp_path / "trained")
@@ -149,7 +150,7 @@ def two_models(family: str = "llama", alpha: float = 4.0, form: str = "logits") 
     model = make_tiny_model(family, layers=2)
     generator = torch.Generator().manual_seed(0)
     other = {
-        name: p.detach() + torch.randn(p.shape, generator=generator) * 0.05
+        name: p.detach() + torch.randn(p.shape, generator=generator) * 0.5
         for name, p in model.named_parameters()
         if "layers.1." in name or "h.1." in name
     }
@@ -171,7 +172,8 @@ def test_the_wrapper_answers_with_the_difference(form: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral"])
 def test_generation_with_caches_is_generation_without(family: str) -> None:
     """Left padding, several rows, each like itself alone, token by token from whole texts."""
-    wrapped, new = two_models(family), 8
+    # With a weight below 0 the reinforced model decides, so an error in its cache would be heard.
+    wrapped, new = two_models(family, alpha=-4.0), 8
     rows = [[1, 40, 50, 60, 70], [1, 90, 80]]
     ids = torch.tensor([rows[0], [0, 0, *rows[1]]])
     mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
@@ -190,7 +192,7 @@ def test_generation_with_caches_is_generation_without(family: str) -> None:
 
 
 def test_sampling_follows_the_difference() -> None:
-    wrapped = two_models()
+    wrapped = two_models(alpha=-4.0)
     torch.manual_seed(0)
     drawn = wrapped.generate(
         input_ids=IDS[:1], attention_mask=torch.ones_like(IDS[:1]), do_sample=True, top_k=0,
@@ -198,8 +200,10 @@ def test_sampling_follows_the_difference() -> None:
     )[:, -1]  # fmt: skip
     with torch.no_grad():
         p_V = wrapped(input_ids=IDS[:1]).logits[0, -1].softmax(-1)
+        before_V = wrapped.model(input_ids=IDS[:1]).logits[0, -1].softmax(-1)
     found_V = torch.bincount(drawn, minlength=len(p_V)) / 2000
-    assert float((found_V - p_V).abs().sum()) / 2 < 0.15
+    assert float((found_V - p_V).abs().sum()) / 2 < 0.2
+    assert float((found_V - before_V).abs().sum()) / 2 > 0.4
     with pytest.raises(ValueError, match="beams"):
         wrapped.generate(input_ids=IDS, num_beams=2, max_new_tokens=1)
 
@@ -210,7 +214,9 @@ def test_whp_writes_the_model_before_and_the_reinforced_one(kind: str, tmp_path:
     model = filled(LORA, 1) if kind == "continued" else knowing_model()
     with torch.no_grad():
         before = model(IDS).logits
-    config = arguments(tmp_path, "whp", full=kind == "full", num_train_epochs=10)
+    config = arguments(
+        tmp_path, "whp", full=kind == "full", num_train_epochs=10, learning_rate=5e-4
+    )
     method = make_method("whp", {"alpha": 256.0})
     unlearn(model, make_tiny_tokenizer(), forget, (), config, method, lora=LORA)
     written = read_result(tmp_path, kind == "full")
@@ -219,12 +225,15 @@ def test_whp_writes_the_model_before_and_the_reinforced_one(kind: str, tmp_path:
     answering = wrapped(written, make_tiny_tokenizer(), tmp_path)
     assert isinstance(answering, DifferenceModel)
     assert knowledge(answering, forget) < knowledge(written, forget) - 0.3
+    known = knowledge(written, forget)
     with torch.no_grad():
         for name, p in written.named_parameters():
-            if name in wrapped.reinforced:
-                p.copy_(wrapped.reinforced[name])
-    assert load_file(tmp_path / REINFORCED).keys() == wrapped.reinforced.keys()
-    assert knowledge(written, forget) > -0.02, "it is the reinforced model that lies beside it"
+            if name in answering.reinforced:
+                p.copy_(answering.reinforced[name])
+    assert load_file(tmp_path / REINFORCED).keys() == answering.reinforced.keys()
+    assert knowledge(written, forget) > known + 1e-4, (
+        "it is the reinforced model that lies beside it"
+    )
     assert "suppresses" in (tmp_path / "README.md").read_text()
     (tmp_path / REINFORCED).unlink()
     with pytest.raises(UserError, match="missing"):
