@@ -39,26 +39,14 @@ def main(argv: list[str]) -> None:
     if wants_short_help(argv):
         show_help(argv)
         return
+    arguments, config, model_arguments, method = parse(argv)
     from accelerate import PartialState
     from transformers.utils import logging
-    from trl import ModelConfig, TrlParser
 
-    from llm_unlearn.approximate.arguments import UnlearningConfig
-    from llm_unlearn.unlearning import RequestArguments, answer_requests, requests_of
+    from llm_unlearn.unlearning import answer_requests, requests_of
 
-    argv = ["--as_json" if argument == "--json" else argument for argument in argv]
-    method_class = chosen_method(argv)
-    parser = TrlParser([RequestArguments, UnlearningConfig, ModelConfig, method_class])
-    parser.set_defaults(lora_dropout=0.0)
-    arguments, config, model_arguments, method = parser.parse_args_and_config(expand_help(argv))
     is_demonstration = arguments.is_demonstration
-    if is_demonstration:
-        from llm_unlearn import demonstration
-
-        flags = demonstration.unlearning_flags(config.method)
-        parsed = parser.parse_args_and_config(expand_help([*flags, *argv]))
-        arguments, config, model_arguments, method = parsed
-    elif model_arguments.model_name_or_path is None:
+    if not is_demonstration and model_arguments.model_name_or_path is None:
         raise UserError("which model is to forget? Give --model_name_or_path")
     state = PartialState()
     check_processes(state.num_processes)
@@ -87,9 +75,31 @@ def main(argv: list[str]) -> None:
         show_demonstration(str(model_arguments.model_name_or_path), config.output_dir)
 
 
-def chosen_method(argv: list[str]):
-    """The method's class, from the command line alone, since its flags are among the parser's."""
-    from llm_unlearn.approximate.methods import METHODS, load_method
+def parse(argv: list[str]):
+    """The request, training flags, the model's, and the method with its own."""
+    from trl import ModelConfig, TrlParser
+
+    from llm_unlearn import demonstration
+    from llm_unlearn.approximate.arguments import UnlearningConfig
+    from llm_unlearn.approximate.methods import load_method
+    from llm_unlearn.unlearning import RequestArguments
+
+    argv = ["--as_json" if argument == "--json" else argument for argument in argv]
+    name = chosen_name(argv)
+    # The data flags first: the demonstration brings flags of its own, which a method may insist on.
+    (asked, *_) = TrlParser([RequestArguments]).parse_args_and_config(
+        [argument for argument in argv if argument != "--help_all"], return_remaining_strings=True
+    )
+    if asked.is_demonstration:
+        argv = [*demonstration.unlearning_flags(name), *argv]
+    parser = TrlParser([RequestArguments, UnlearningConfig, ModelConfig, load_method(name)])
+    parser.set_defaults(lora_dropout=0.0)
+    return parser.parse_args_and_config(expand_help(argv))
+
+
+def chosen_name(argv: list[str]) -> str:
+    """The method, from the command line alone, since its flags are among the parser's."""
+    from llm_unlearn.approximate.methods import METHODS
 
     name = "npo"
     for index, argument in enumerate(argv):
@@ -99,14 +109,15 @@ def chosen_method(argv: list[str]):
             name = argv[index + 1] if index + 1 < len(argv) else ""
     if name not in METHODS:
         raise UserError(f"unknown --method {name!r}: one of {', '.join(METHODS)}")
-    return load_method(name)
+    return name
 
 
 def show_help(argv: list[str]) -> None:
     from llm_unlearn.approximate.cards import describe, one_line_each
+    from llm_unlearn.approximate.methods import load_method
 
     if any(argument.split("=")[0] == "--method" for argument in argv):
-        print(describe(chosen_method(argv)))
+        print(describe(load_method(chosen_name(argv))))
     else:
         print(__doc__ + one_line_each())
 
