@@ -175,11 +175,10 @@ def demonstrate(run: S3TRun, model: Any, tokenizer: Any) -> Demonstration:
     )
 
 
-def unlearning_flags(method: str) -> list[str]:
+def unlearning_defaults(method: str) -> dict[str, Any]:
     """What the demonstration of an approximate method is started with; any flag can be overruled."""
-    chosen = {**UNLEARNING, **UNLEARNING_OF.get(method, {}), **METHOD_FLAGS.get(method, {})}
-    flags = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
-    return ["--output_dir", "runs/unlearned", *flags]
+    own = {**UNLEARNING_OF.get(method, {}), **METHOD_FLAGS.get(method, {})}
+    return {"output_dir": "runs/unlearned", **UNLEARNING, **own}
 
 
 def unlearning_records() -> tuple[list[Record], list[Record]]:
