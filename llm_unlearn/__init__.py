@@ -17,6 +17,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 if TYPE_CHECKING:
+    from llm_unlearn.approximate.arguments import UnlearningConfig
+    from llm_unlearn.approximate.trainer import UnlearningTrainer
+    from llm_unlearn.approximate.unlearn import unlearn
     from llm_unlearn.data.records import Record, make_records
     from llm_unlearn.errors import RunError, UserError
     from llm_unlearn.evaluation.harness import evaluate_suite
@@ -30,9 +33,12 @@ _HOMES = {
     "S3TConfig": "llm_unlearn.exact.arguments",
     "S3TRun": "llm_unlearn.exact.run",
     "ShardEnsemble": "llm_unlearn.exact.ensemble",
+    "UnlearningConfig": "llm_unlearn.approximate.arguments",
+    "UnlearningTrainer": "llm_unlearn.approximate.trainer",
     "UserError": "llm_unlearn.errors",
     "evaluate_suite": "llm_unlearn.evaluation.harness",
     "make_records": "llm_unlearn.data.records",
+    "unlearn": "llm_unlearn.approximate.unlearn",
 }
 
 __all__ = [
@@ -41,9 +47,12 @@ __all__ = [
     "S3TConfig",
     "S3TRun",
     "ShardEnsemble",
+    "UnlearningConfig",
+    "UnlearningTrainer",
     "UserError",
     "evaluate_suite",
     "make_records",
+    "unlearn",
 ]
 __version__ = "0.1.0"
 

@@ -47,25 +47,50 @@ def config_of(argv: Sequence[str]) -> Mapping[str, Any]:
     return content
 
 
-def parse_flags(parser: "TrlParser", argv: Sequence[str]) -> tuple[Any, ...]:
+def parse_flags(parser: "TrlParser", argv: Sequence[str], partly: bool = False) -> tuple[Any, ...]:
     """The dataclasses of the flags, and of those in `--config`.
+
+    Args:
+        partly: other flags are not this parser's, and let be.
 
     Raises:
         UserError: an unknown flag, or a value that does not fit.
     """
 
-    def refuse(message: str) -> NoReturn:
-        raise UserError(message)
-
-    parser.error = refuse
+    parser.error = _refuse
     config_of(argv)
     try:
         *parsed, unknown = parser.parse_args_and_config(list(argv), return_remaining_strings=True)
     except (ValueError, TypeError) as error:
         raise UserError(_one_line(error)) from None
-    if unknown:
+    if unknown and not partly:
         raise UserError(f"unknown flag: {' '.join(unknown)} (see --help and --help_all)")
     return tuple(parsed)
+
+
+def typed(kind: type, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags from a file, as the command line would read them: YAML takes 1e-4 for a text.
+
+    Args:
+        kind: the dataclass whose fields they are.
+
+    Raises:
+        UserError: an unknown flag, or a value that does not fit.
+    """
+    from trl import TrlParser
+
+    if not isinstance(flags, Mapping):
+        raise UserError(f"expected flags and their values, got {flags!r}")
+    parser = TrlParser([kind])  # pyright: ignore[reportArgumentType]
+    parser.error = _refuse
+    if unknown := parser.set_defaults_with_config(**flags):
+        raise UserError(f"unknown flag: {' '.join(unknown)}")
+    values = parser.parse_args([])
+    return {name: getattr(values, name) for name in flags}
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(message)
 
 
 def _one_line(error: Exception) -> str:

@@ -87,23 +87,26 @@ def read_flags(argv: list[str]):
     from trl import ModelConfig, TrlParser
 
     from llm_unlearn.approximate.arguments import UnlearningConfig
+    from llm_unlearn.approximate.methods import load_method
     from llm_unlearn.demonstration import unlearning_defaults
     from llm_unlearn.unlearning import RequestArguments
 
-    argv = ["--as_json" if argument == "--json" else argument for argument in expand_help(argv)]
-    types = [RequestArguments, UnlearningConfig, ModelConfig, chosen_method(argv)]
+    argv = ["--as_json" if argument == "--json" else argument for argument in argv]
+    name = chosen_name(argv)
+    types = [RequestArguments, UnlearningConfig, ModelConfig, load_method(name)]
     parser = TrlParser(types, allow_abbrev=False)
     parser.set_defaults(lora_dropout=0.0)
-    parsed = parse_flags(parser, argv)
-    if not parsed[0].is_demonstration:
-        return parsed
-    parser.set_defaults_with_config(**unlearning_defaults(parsed[1].method))
-    return parse_flags(parser, argv)
+    # The data flags first: the demonstration brings flags of its own, which a method may insist on.
+    data_flags = TrlParser([RequestArguments], allow_abbrev=False, add_help=False)
+    (asked,) = parse_flags(data_flags, argv, partly=True)
+    if asked.is_demonstration:
+        parser.set_defaults_with_config(**unlearning_defaults(name))
+    return parse_flags(parser, expand_help(argv))
 
 
-def chosen_method(argv: list[str]):
-    """The method's class; its flags are among the parser's, so its name is looked for before."""
-    from llm_unlearn.approximate.methods import METHODS, load_method
+def chosen_name(argv: list[str]) -> str:
+    """The method; it is looked for before parsing, since its flags are among the parser's."""
+    from llm_unlearn.approximate.methods import METHODS
 
     name = config_of(argv).get("method", "npo")
     for index, argument in enumerate(argv):
@@ -113,14 +116,15 @@ def chosen_method(argv: list[str]):
             name = "".join(argv[index + 1 : index + 2])
     if name not in METHODS:
         raise UserError(f"unknown --method {name!r}: one of {', '.join(METHODS)}")
-    return load_method(name)
+    return name
 
 
 def show_help(argv: list[str]) -> None:
     from llm_unlearn.approximate.cards import describe, one_line_each
+    from llm_unlearn.approximate.methods import load_method
 
     if any(argument.split("=")[0] == "--method" for argument in argv):
-        print(describe(chosen_method(argv)))
+        print(describe(load_method(chosen_name(argv))))
     else:
         print(__doc__ + one_line_each())
 

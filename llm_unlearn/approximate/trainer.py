@@ -22,6 +22,7 @@ from llm_unlearn.approximate.reference import Reference
 from llm_unlearn.approximate.session import Session
 from llm_unlearn.approximate.step import UNITS, Step, Term, count_units
 from llm_unlearn.approximate.watch import Watch
+from llm_unlearn.errors import RunError
 
 STATE_NAME = "unlearning_state.json"
 TENSORS_NAME = "trained.safetensors"
@@ -135,7 +136,11 @@ class UnlearningTrainer(Trainer):
         return loss
 
     def run(self, checkpoint: str | None) -> None:
-        """Train, from a checkpoint if there is one; a loss that is no number ends it."""
+        """Train, from a checkpoint if there is one; a loss that is no number ends it.
+
+        Raises:
+            RunError: it did, and there is no good state to go back to.
+        """
         try:
             self.train(resume_from_checkpoint=checkpoint)
         except DivergedError:
@@ -150,6 +155,11 @@ class UnlearningTrainer(Trainer):
             self.session.tuned.load(self._last_good)
         elif checkpoint := last_checkpoint(Path(str(self.args.output_dir))):
             self.session.tuned.restore(checkpoint / TENSORS_NAME)
+        else:
+            raise RunError(
+                f"the loss was no number at step {self.diverged_at}, before there was a state to keep: "
+                "nothing was written; lower --learning_rate"
+            )
 
     def remember_good(self) -> None:
         """Keep the weights whose losses were numbers. A small copy for a LoRA; weights in full

@@ -230,6 +230,13 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
     assert furthest(kept, run(tmp_path / "good", max_steps=steps, **options)) == 0
 
 
+def test_without_a_good_state_nothing_is_written(tmp_path: Path) -> None:
+    """Full training keeps no copy of the weights between its checkpoints."""
+    with pytest.raises(RunError, match="nothing was written"):
+        run(tmp_path / "out", Breaks(), full=True, save_strategy="no")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_full_tuning_and_lora_have_the_same_reference(tmp_path: Path) -> None:
     """Stored on disk, or the adapter swapped out: distributions and hidden states agree."""
     forget, retain = forget_and_retain()
