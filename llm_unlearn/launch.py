@@ -57,7 +57,7 @@ def parse_flags(parser: "TrlParser", argv: Sequence[str], partly: bool = False) 
         UserError: an unknown flag, or a value that does not fit.
     """
 
-    parser.error = _refuse
+    parser.error = refuse
     config_of(argv)
     try:
         *parsed, unknown = parser.parse_args_and_config(list(argv), return_remaining_strings=True)
@@ -82,14 +82,15 @@ def typed(kind: type, flags: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(flags, Mapping):
         raise UserError(f"expected flags and their values, got {flags!r}")
     parser = TrlParser([kind])  # pyright: ignore[reportArgumentType]
-    parser.error = _refuse
+    parser.error = refuse
     if unknown := parser.set_defaults_with_config(**flags):
         raise UserError(f"unknown flag: {' '.join(unknown)}")
     values = parser.parse_args([])
     return {name: getattr(values, name) for name in flags}
 
 
-def _refuse(message: str) -> NoReturn:
+def refuse(message: str) -> NoReturn:
+    """What a parser says of a mistake, in one line and without its usage: `parser.error = refuse`."""
     raise UserError(message)
 
 
