@@ -12,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -104,6 +105,12 @@ def _bar(enabled: bool) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
+    return _progress(columns, enabled)
+
+
+def _progress(columns: Sequence[ProgressColumn], enabled: bool) -> Progress:
+    """Nothing outside a terminal: there is nothing to draw over."""
+    enabled = enabled and stderr.is_terminal
     return Progress(*columns, console=stderr, disable=not enabled, transient=True)
 
 
@@ -170,9 +177,19 @@ def study_progress(enabled: bool = True) -> Iterator[StudyProgress]:
 
 
 @contextmanager
-def attack_progress(enabled: bool = True) -> Iterator[Callable[[str], None]]:
-    """Says on standard error what is being done, and for how long."""
+def attack_progress(enabled: bool = True, log: bool = False) -> Iterator[Callable[[str], None]]:
+    """Says on standard error what is being done, and for how long.
+
+    Args:
+        log: say it outside a terminal too, a line each.
+    """
     columns = (TextColumn("{task.description}"), SpinnerColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, disable=not enabled, transient=True) as bar:
+    with _progress(columns, enabled) as bar:
         task = bar.add_task("", total=None)
-        yield lambda what: bar.update(task, description=what)
+
+        def say(what: str) -> None:
+            bar.update(task, description=what)
+            if log and not stderr.is_terminal:
+                stderr.print(what, highlight=False, soft_wrap=True)
+
+        yield say

@@ -193,12 +193,10 @@ def demonstrate(run: S3TRun, model: Any, tokenizer: Any) -> Demonstration:
     )
 
 
-def unlearning_flags(method: str) -> list[str]:
+def unlearning_defaults(method: str) -> dict[str, Any]:
     """What the demonstration of an approximate method is started with; any flag can be overruled."""
-    own = method_flags(method, Path("runs"))
-    chosen = {**UNLEARNING, **UNLEARNING_OF.get(method, {}), **own}
-    flags = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
-    return ["--output_dir", "runs/unlearned", *flags]
+    own = {**UNLEARNING_OF.get(method, {}), **method_flags(method, Path("runs"))}
+    return {"output_dir": "runs/unlearned", **UNLEARNING, **own}
 
 
 def method_flags(method: str, directory: Path) -> dict[str, Any]:

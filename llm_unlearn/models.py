@@ -145,5 +145,7 @@ def with_adapter(base: Any, adapter: str, trainable: bool = False) -> Any:
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "size mismatch" in str(error):
+            reason = "the shapes do not fit, it was made for another model"
         raise UserError(f"cannot put the adapter {adapter!r} on the model: {reason}") from None
     return model.eval()

@@ -1,9 +1,10 @@
 """What recipes/unlearn.py does: where data and model come from, requests in a row, what is shown."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +27,32 @@ if TYPE_CHECKING:
 CURVE_NAME = "curve.json"
 
 
+class Gather(argparse.Action):
+    """Several values, after one flag or after the same flag again; they replace those of a file."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        known = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if known is self.default else [*known, *values])
+
+
 @dataclass
 class RequestArguments:
     """What is to be forgotten and kept, and by which model. Without data: the demonstration."""
 
     forget: list[str] | None = field(
         default=None,
-        metadata={"help": "What to forget: file or Hub dataset NAME[:CONFIG[:SPLIT]]."},
+        metadata={
+            "help": "What to forget: files or Hub datasets NAME[:CONFIG[:SPLIT]].",
+            "action": Gather,
+        },
     )
     retain: str | None = field(default=None, metadata={"help": "What to keep, likewise."})
     run: str | None = field(
         default=None, metadata={"help": "Take both from the records of this exact run."}
     )
     subject: list[str] | None = field(
-        default=None, metadata={"help": "--run: whom to forget; the others are kept."}
+        default=None,
+        metadata={"help": "--run: whom to forget; the others are kept.", "action": Gather},
     )
     drop_overlap: bool = field(
         default=False, metadata={"help": "Leave records that are to be forgotten out of --retain."}
@@ -72,6 +85,22 @@ class RequestArguments:
         metadata={"help": "results.json of a retrained model on that suite: floor and target."},
     )
     as_json: bool = field(default=False, metadata={"help": "--json: print reports for machines."})
+
+    def __post_init__(self) -> None:
+        self.forget = [self.forget] if isinstance(self.forget, str) else self.forget
+        self.subject = [self.subject] if isinstance(self.subject, str) else self.subject
+        if self.run and (self.forget or self.retain):
+            raise UserError("--run brings its own records: leave --forget and --retain out")
+        if self.run and not self.subject:
+            raise UserError("whom should the model forget? Give --subject, as often as needed")
+        if self.subject and not self.run:
+            raise UserError("--subject is for --run: it names whose records of the run to forget")
+        if self.retain and not self.forget:
+            raise UserError("--retain says what to keep; what is to be forgotten? Give --forget")
+        if self.sequential and self.growing:
+            raise UserError("give --sequential or --growing, not both")
+        if self.retrain_scores and not self.eval_suite:
+            raise UserError("--retrain_scores belong to a suite: give --eval_suite")
 
     @property
     def is_demonstration(self) -> bool:
@@ -111,24 +140,39 @@ def requests_of(arguments: RequestArguments) -> list[Request]:
     Raises:
         UserError: data that is missing, contradicts itself, or subjects that do not exist.
     """
-    if arguments.sequential and arguments.growing:
-        raise UserError("give --sequential or --growing, not both")
-    if arguments.run:
-        if arguments.forget or arguments.retain:
-            raise UserError("--run brings its own records: leave --forget and --retain out")
-        return _from_run(arguments)
-    if arguments.subject:
-        raise UserError("--subject is for --run: it names whose records of the run to forget")
-    sets = [read_source(source) for source in arguments.forget or ()]
-    retain = read_source(arguments.retain) if arguments.retain else []
-    if len(sets) > 1 and not (arguments.sequential or arguments.growing):
+    sets, retain = _of_run(arguments) if arguments.run else _of_files(arguments)
+    if arguments.growing:
+        _check_nested(sets)
+    elif not arguments.sequential:
         sets = [[record for one in sets for record in one]]
     if arguments.drop_overlap:
         known = {tuple(record.texts()) for one in sets for record in one}
         retain = [record for record in retain if tuple(record.texts()) not in known]
-    if arguments.growing:
-        _check_nested(sets)
     return [Request(f"request-{i + 1}", one, retain) for i, one in enumerate(sets)]
+
+
+def _of_files(arguments: RequestArguments) -> tuple[list[list[Record]], list[Record]]:
+    """The forget sets, and what is kept."""
+    sets = [read_source(source) for source in arguments.forget or ()]
+    return sets, read_source(arguments.retain) if arguments.retain else []
+
+
+def _of_run(arguments: RequestArguments) -> tuple[list[list[Record]], list[Record]]:
+    """A forget set for each subject (growing: with those before), and everybody else's records."""
+    from llm_unlearn.data.partition import CORE
+    from llm_unlearn.exact.run import S3TRun
+
+    directory = S3TRun.open(str(arguments.run)).directory
+    names = [*directory.slices.names, *([CORE] if directory.core else [])]
+    # Public keys put a record into several shards.
+    records = {r.id: r for name in names for r in directory.slices.read(name)}.values()
+    subjects = list(dict.fromkeys(arguments.subject or ()))
+    if missing := set(subjects) - {record.subject for record in records}:
+        raise UserError(f"{arguments.run} holds no records of {min(missing)!r}")
+    sets = [[record for record in records if record.subject == name] for name in subjects]
+    if arguments.growing:
+        sets = list(accumulate(sets, lambda smaller, more: [*smaller, *more]))
+    return sets, [record for record in records if record.subject not in subjects]
 
 
 def _check_nested(sets: Sequence[Sequence[Record]]) -> None:
@@ -140,53 +184,34 @@ def _check_nested(sets: Sequence[Sequence[Record]]) -> None:
             )
 
 
-def _from_run(arguments: RequestArguments) -> list[Request]:
-    from llm_unlearn.exact.run import S3TRun
-
-    if not arguments.subject:
-        raise UserError("whom should the model forget? Give --subject, as often as needed")
-    slices = S3TRun.open(str(arguments.run)).directory.slices
-    records = [record for name in slices.names for record in slices.read(name)]
-    if missing := set(arguments.subject) - {record.subject for record in records}:
-        raise UserError(f"{arguments.run} holds no records of {min(missing)!r}")
-    everybody = set(arguments.subject)
-    retain = [record for record in records if record.subject not in everybody]
-    groups = [[name] for name in arguments.subject] if arguments.sequential else [list(everybody)]
-    if arguments.growing:
-        groups = [arguments.subject[: i + 1] for i in range(len(arguments.subject))]
-    return [
-        Request(f"request-{i + 1}", [r for r in records if r.subject in set(group)], retain)
-        for i, group in enumerate(groups)
-    ]
-
-
 def load_trainable(
     name_or_path: str, adapter: str | None, any_base: bool, model_arguments: "ModelConfig"
 ) -> tuple[Any, Any]:
     """The fine-tuned model, whose adapter (if it has one) goes on being trained, and its tokenizer.
 
     Args:
-        name_or_path: a model, or an adapter's directory.
+        name_or_path: a model, or an adapter's directory; with the wrapper that a method left there.
 
     Raises:
         UserError: it cannot be loaded, or the adapter was trained on another base.
     """
     from llm_unlearn.exact.base_model import load_base
-    from llm_unlearn.models import base_of_adapter, with_adapter
+    from llm_unlearn.models import base_of_adapter, with_adapter, wrapped
 
     path = Path(name_or_path)
-    if adapter is None and (path / "adapter_config.json").is_file():
-        name_or_path, adapter = base_of_adapter(path), name_or_path
-    elif adapter is not None and not any_base:
+    is_adapter = adapter is None and (path / "adapter_config.json").is_file()
+    if adapter is not None and not any_base:
         _check_base(adapter, name_or_path)
     options = {
         "dtype": model_arguments.dtype,
         "attn_implementation": model_arguments.attn_implementation,
     }
-    model, tokenizer = load_base(name_or_path, model_arguments.model_revision, options)
-    if adapter is None:
-        return model, tokenizer
-    return with_adapter(model, adapter, trainable=True), tokenizer
+    base = base_of_adapter(path) if is_adapter else name_or_path
+    model, tokenizer = load_base(base, model_arguments.model_revision, options)
+    if adapter is not None:
+        return with_adapter(model, adapter, trainable=True), tokenizer
+    model = with_adapter(model, name_or_path, trainable=True) if is_adapter else model
+    return wrapped(model, tokenizer, path), tokenizer
 
 
 def _check_base(adapter: str, base: str) -> None:
@@ -230,14 +255,14 @@ def answer_requests(
     output = Path(str(config.output_dir))
     many = len(requests) > 1
     source, adapter = str(model_arguments.model_name_or_path), arguments.adapter
+    places = [output / request.name if many else output for request in requests]
+    for place in places:
+        _check_output(place, [source, adapter or source])
     watching = make_watching(arguments)
     reports = []
-    for number, request in enumerate(requests):
-        if number and arguments.sequential:
-            source, adapter = str(output / requests[number - 1].name), None
-        where = output / request.name if many else output
+    for request, place in zip(requests, places, strict=True):
         model, tokenizer = load_trainable(source, adapter, arguments.any_base, model_arguments)
-        one = replace(config, output_dir=str(where))
+        one = replace(config, output_dir=str(place))
         with console.steps_progress(request.name if many else config.method, show_progress) as say:
             reports.append(
                 unlearn(
@@ -245,9 +270,24 @@ def answer_requests(
                     lora_of(model_arguments), watching, arguments.encoder, say,
                 )
             )  # fmt: skip
+        if arguments.sequential:
+            source, adapter = str(place), None
     if many and arguments.eval_suite:
         write_curve(arguments, output, requests)
     return reports
+
+
+def _check_output(output: Path, sources: Sequence[str]) -> None:
+    """A model that is there is not written over, unless it is an earlier result."""
+    from llm_unlearn.approximate.unlearn import REPORT_NAME
+
+    if any(Path(one).exists() and Path(one).resolve() == output.resolve() for one in sources):
+        raise UserError(f"{output} holds the model that is to forget: choose another --output_dir")
+    is_model = any((output / name).exists() for name in ("config.json", "adapter_config.json"))
+    if is_model and not (output / REPORT_NAME).exists():
+        raise UserError(f"{output} holds another model: choose another --output_dir")
+    if any(path.is_file() for path in (output, *output.parents)):
+        raise UserError(f"--output_dir {output} is a file: choose a directory")
 
 
 def make_watching(arguments: RequestArguments) -> "Watching | None":
@@ -256,8 +296,6 @@ def make_watching(arguments: RequestArguments) -> "Watching | None":
     from llm_unlearn.evaluation.harness import saved_evaluation
 
     if arguments.eval_suite is None:
-        if arguments.retrain_scores:
-            raise UserError("--retrain_scores belong to a suite: give --eval_suite")
         return None
     session, whole = _evaluating(arguments)
     retrained = None

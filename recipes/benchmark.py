@@ -7,17 +7,18 @@
     python recipes/benchmark.py --suite tofu-folder --base meta-llama/Llama-3.2-1B-Instruct \\
         --forget forget10.json --retain retain90.json --rows_per_subject 20 --methods npo rmu
 
-    --methods NAME ...      of recipes/unlearn.py (all); none: only the exact rows
-    --exact NAME ...        experts, s3t, or none (both on the demonstration)
+    --methods [NAME ...]    of recipes/unlearn.py (all); no name: only the exact rows
+    --exact [NAME ...]      experts, s3t (both); no name: only approximate rows
     --seeds N               of everything that is trained (1): intervals over seeds instead of rows
     --suite NAME_OR_DIR     the demonstration asks as tofu (default) or muse
+    --forget_split NAME     of tofu (forget10)
     --base M                own data: the model before any fine-tuning. It is fine-tuned on both sets
                             (the model before unlearning) and on --retain alone (the retrained one)
     --forget, --retain      files or Hub datasets NAME[:CONFIG[:SPLIT]]
     --subject_column C, --rows_per_subject N    own data: who can ask for deletion (exact rows)
     --settings FILE.yaml    training flags: fine_tuning, unlearning, unlearning_of, methods, exact
     --report_only           write the leaderboard again from what is measured
-    --output_dir DIR        models, results and leaderboard (benchmarks/demonstration)
+    --output_dir DIR        models, results and leaderboard (runs/benchmark)
     --json                  print the leaderboard for machines
 
 Interrupted? Run the same command again: it goes on where it was.
@@ -30,11 +31,12 @@ from pathlib import Path
 
 from llm_unlearn.console import attack_progress, print_json, print_table, run_and_exit, warn
 from llm_unlearn.errors import UserError
-from llm_unlearn.launch import wants_short_help
+from llm_unlearn.launch import refuse, wants_short_help
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = refuse
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--exact", nargs="*")
     parser.add_argument("--seeds", type=int, default=1)
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> None:
         raise UserError("the benchmark runs in one process: start it with python")
     benchmark = Benchmark(make_world(arguments), rows, arguments.seeds, arguments.output_dir)
     if not arguments.report_only:
-        with attack_progress() as say:
+        with attack_progress(log=True) as say:
             for failure in run(benchmark, say):
                 warn(failure)
     board = read_leaderboard(benchmark)

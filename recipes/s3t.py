@@ -35,7 +35,7 @@ from pathlib import Path
 
 from llm_unlearn.console import print_table, run_and_exit, training_progress, warn
 from llm_unlearn.errors import UserError
-from llm_unlearn.launch import check_processes, expand_help, wants_short_help
+from llm_unlearn.launch import check_processes, expand_help, parse_flags, wants_short_help
 
 
 def main(argv: list[str]) -> None:
@@ -53,10 +53,10 @@ def main(argv: list[str]) -> None:
     from llm_unlearn.exact.run import S3TRun
 
     parser = TrlParser([DataArguments, S3TConfig, ModelConfig])
-    data, arguments, model_arguments = parser.parse_args_and_config(expand_help(argv))
+    data, arguments, model_arguments = parse_flags(parser, expand_help(argv))
     if data.is_demonstration:
         everything = [*demonstration.FLAGS[arguments.exact_method], *argv]
-        data, arguments, model_arguments = parser.parse_args_and_config(expand_help(everything))
+        data, arguments, model_arguments = parse_flags(parser, expand_help(everything))
     model_arguments.model_name_or_path = model_arguments.model_name_or_path or str(
         demonstration.MODEL_PATH
     )

@@ -4,22 +4,23 @@ accelerate launch recipes/unlearn.py --method NAME [flags]
 python recipes/unlearn.py --method NAME --help     what the method is, when it fails, its own flags
 
 The most used flags:
-    --model_name_or_path M  fine-tuned weights (Hub or directory), or an adapter's directory
-    --adapter DIR           the LoRA that M was fine-tuned with; it goes on being trained
-    --forget DATA [DATA..]  .json, .jsonl, .csv, .parquet, or a Hub dataset NAME[:CONFIG[:SPLIT]], with columns
-    --retain DATA           text, or prompt + completion, or question + answer, or messages
-    --run RUN --subject S   instead: an exact run's own records; S is forgotten, the others are kept
-    --sequential | --growing   several forget sets: one request after another, or nested ones
-    --output_dir OUT        the unlearned adapter or model with its card (runs/unlearned)
-    --full                  train the weights instead of a LoRA (a model with an adapter: merged first)
-    --eval_suite SUITE      evaluate after each epoch (demo, muse-news, tofu, a folder) ...
-    --stop_when utility_floor|forget_at_retrain   ... and stop there
-    --keep last|best        ... and keep the best state
-    --retrain_scores FILE   results.json of a retrained model on that suite: where floor and target are
-    --stop_samples icu      leave out forget rows that are forgotten, round by round
-    --retain_projection 0.95   PGU: take what retain inputs span out of every update
-    --json                  print the report for machines
-    --config FILE.yaml      any of the flags from a file; the command line wins
+    --model_name_or_path M      fine-tuned weights (Hub or directory), or an adapter's directory
+    --adapter DIR               the LoRA that M was fine-tuned with; it goes on being trained
+    --forget DATA [DATA ...]    .json, .jsonl, .csv, .parquet, or a Hub dataset NAME[:CONFIG[:SPLIT]],
+    --retain DATA               with text, prompt + completion, question + answer, or messages
+    --drop_overlap              leave records that are to be forgotten out of --retain
+    --run RUN --subject S ...   instead: an exact run's own records; S is forgotten, the others are kept
+    --sequential, --growing     several forget sets: one request after another, or nested ones
+    --output_dir OUT            the unlearned adapter or model with its card (runs/unlearned)
+    --full                      train the weights, not a LoRA (a model with an adapter: merged first)
+    --eval_suite SUITE          evaluate after each epoch: demo, muse-news, tofu, or a folder
+    --retrain_scores FILE       results.json of a retrained model on that suite: floor and target
+    --stop_when WHEN            stop there: utility_floor, or forget_at_retrain
+    --keep best                 write the best state that was evaluated, not the last
+    --stop_samples icu          leave out forget rows that are forgotten, round by round
+    --retain_projection 0.95    PGU: take what retain inputs span out of every update
+    --json                      print the report for machines
+    --config FILE.yaml          any of the flags from a file; the command line wins
 and every training flag of Transformers and LoRA (--help_all). Flags that are not given come from the
 method's paper; with LoRA its learning rate is multiplied by ten. What comes out carries no guarantee:
 for a deletion that must be certain, use recipes/s3t.py.
@@ -32,19 +33,25 @@ from pathlib import Path
 
 from llm_unlearn.console import print_json, print_table, run_and_exit, warn
 from llm_unlearn.errors import UserError
-from llm_unlearn.launch import check_processes, expand_help, wants_short_help
+from llm_unlearn.launch import (
+    check_processes,
+    config_of,
+    expand_help,
+    parse_flags,
+    wants_short_help,
+)
 
 
 def main(argv: list[str]) -> None:
     if wants_short_help(argv):
         show_help(argv)
         return
-    arguments, config, model_arguments, method = parse(argv)
     from accelerate import PartialState
     from transformers.utils import logging
 
     from llm_unlearn.unlearning import answer_requests, requests_of
 
+    arguments, config, model_arguments, method = read_flags(argv)
     is_demonstration = arguments.is_demonstration
     if not is_demonstration and model_arguments.model_name_or_path is None:
         raise UserError("which model is to forget? Give --model_name_or_path")
@@ -53,9 +60,11 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     speaks = state.is_main_process and not arguments.as_json
-    requests = [] if is_demonstration else requests_of(arguments)
-    if is_demonstration:
-        requests = prepare_demonstration(model_arguments, speaks)
+    requests = (
+        prepare_demonstration(model_arguments, speaks)
+        if is_demonstration
+        else requests_of(arguments)
+    )
     reports = answer_requests(arguments, config, model_arguments, method, requests, speaks)
     if not state.is_main_process:
         return
@@ -64,49 +73,47 @@ def main(argv: list[str]) -> None:
     if arguments.as_json:
         print_json([report.to_dict() for report in reports])
         return
-    for request, report in zip(requests, reports, strict=True):
-        where = Path(config.output_dir, request.name) if len(requests) > 1 else config.output_dir
-        print(
-            f"{where}: {report.forget_records} records unlearned with {report.method}, {report.steps} "
-            f"steps in {report.seconds:.0f} s; no guarantee (see its README.md)"
-        )
-    show_curve(Path(config.output_dir))
+    show_reports(Path(config.output_dir), requests, reports)
+    if len(requests) > 1 and arguments.eval_suite:
+        show_curve(Path(config.output_dir))
     if is_demonstration:
         show_demonstration(str(model_arguments.model_name_or_path), config.output_dir)
 
 
-def parse(argv: list[str]):
-    """The request, training flags, the model's, and the method with its own."""
+def read_flags(argv: list[str]):
+    """What to do, how to train, with what model, and the method: the command line wins over the file,
+    which wins over what the demonstration is started with.
+    """
     from trl import ModelConfig, TrlParser
 
-    from llm_unlearn import demonstration
     from llm_unlearn.approximate.arguments import UnlearningConfig
     from llm_unlearn.approximate.methods import load_method
+    from llm_unlearn.demonstration import unlearning_defaults
     from llm_unlearn.unlearning import RequestArguments
 
     argv = ["--as_json" if argument == "--json" else argument for argument in argv]
     name = chosen_name(argv)
-    # The data flags first: the demonstration brings flags of its own, which a method may insist on.
-    (asked, *_) = TrlParser([RequestArguments]).parse_args_and_config(
-        [argument for argument in argv if argument != "--help_all"], return_remaining_strings=True
-    )
-    if asked.is_demonstration:
-        argv = [*demonstration.unlearning_flags(name), *argv]
-    parser = TrlParser([RequestArguments, UnlearningConfig, ModelConfig, load_method(name)])
+    types = [RequestArguments, UnlearningConfig, ModelConfig, load_method(name)]
+    parser = TrlParser(types, allow_abbrev=False)
     parser.set_defaults(lora_dropout=0.0)
-    return parser.parse_args_and_config(expand_help(argv))
+    # The data flags first: the demonstration brings flags of its own, which a method may insist on.
+    data_flags = TrlParser([RequestArguments], allow_abbrev=False, add_help=False)
+    (asked,) = parse_flags(data_flags, argv, partly=True)
+    if asked.is_demonstration:
+        parser.set_defaults_with_config(**unlearning_defaults(name))
+    return parse_flags(parser, expand_help(argv))
 
 
 def chosen_name(argv: list[str]) -> str:
-    """The method, from the command line alone, since its flags are among the parser's."""
+    """The method; it is looked for before parsing, since its flags are among the parser's."""
     from llm_unlearn.approximate.methods import METHODS
 
-    name = "npo"
+    name = config_of(argv).get("method", "npo")
     for index, argument in enumerate(argv):
         if argument.startswith("--method="):
             name = argument.partition("=")[2]
         elif argument == "--method":
-            name = argv[index + 1] if index + 1 < len(argv) else ""
+            name = "".join(argv[index + 1 : index + 2])
     if name not in METHODS:
         raise UserError(f"unknown --method {name!r}: one of {', '.join(METHODS)}")
     return name
@@ -122,13 +129,20 @@ def show_help(argv: list[str]) -> None:
         print(__doc__ + one_line_each())
 
 
+def show_reports(output: Path, requests, reports) -> None:
+    for request, report in zip(requests, reports, strict=True):
+        where = output / request.name if len(requests) > 1 else output
+        print(
+            f"{where}: {report.forget_records} records unlearned with {report.method}, {report.steps} "
+            f"steps in {report.seconds:.0f} s; no guarantee (see its README.md)"
+        )
+
+
 def show_curve(output: Path) -> None:
     import json
 
     from llm_unlearn.unlearning import CURVE_NAME
 
-    if not (output / CURVE_NAME).is_file():
-        return
     rows = json.loads((output / CURVE_NAME).read_bytes())
     print_table(
         "After each request",

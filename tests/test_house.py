@@ -18,6 +18,7 @@ MAY_IMPORT = {
         "exact",
         "approximate",
         "demonstration",
+        "launch",
         "models",
         "unlearning",
     },

@@ -121,6 +121,9 @@ BAD = [
     (["--max_length", "3"], "no token left to learn"),
     (["--key_path", "nowhere.key"], "cannot read a key"),
     (["--dataset_name", "somebody/something"], "not both"),
+    (["--colour", "red"], "unknown flag: --colour red"),
+    (["--max_steps", "few"], "invalid int value: 'few'"),
+    (["--config", "nowhere.yaml"], "cannot read --config nowhere.yaml"),
 ]
 
 

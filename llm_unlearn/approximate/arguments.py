@@ -119,6 +119,14 @@ class UnlearningConfig(TrainingArguments):
                 raise UserError(
                     f"--{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+        if self.eval_strategy != "no":
+            raise UserError(
+                "--eval_strategy is refused: say --eval_suite, which asks after each epoch"
+            )
+        if min(self.per_device_train_batch_size, self.gradient_accumulation_steps) < 1:
+            raise UserError(
+                "--per_device_train_batch_size and --gradient_accumulation_steps are at least 1"
+            )
         if not self.learning_rate > 0 or self.num_train_epochs <= 0 or self.max_length < 2:
             raise UserError("--learning_rate, --num_train_epochs and --max_length are above 0")
         if self.retain_projection is not None and not 0 < self.retain_projection < 1:

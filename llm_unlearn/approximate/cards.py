@@ -4,12 +4,14 @@ Imports no torch: `--help` is quick.
 """
 
 import textwrap
-from dataclasses import fields
+from dataclasses import Field, fields
 
 from llm_unlearn.approximate.method import Method
 from llm_unlearn.approximate.methods import METHODS, load_method
 
-WIDTH = 100
+WIDTH, COLUMN = 100, 34
+PRESET = "Preset for --full (a LoRA: ten times the learning rate)"
+ALL_FLAGS = "Flags of every method: python recipes/unlearn.py --help"
 PAGE_HEAD = """# Approximate methods
 
 One card for each method of `recipes/unlearn.py`; `python recipes/unlearn.py --method NAME --help` prints
@@ -27,38 +29,55 @@ def describe(method: type[Method]) -> str:
     """A method's card and its own flags, as plain text."""
     card = method.card
     parts = [
-        (card.title, ""),
         ("Idea", card.idea),
         ("Use it when", card.use_when),
         ("It fails when", card.fails_when),
         ("Differs", card.differs),
         ("Source", card.source),
-        ("Preset", preset_of(method)),
+        (PRESET, preset_of(method)),
+        ("Note", notes_of(method)),
     ]
-    lines = []
+    lines = [card.title, ""]
     for name, told in parts:
         if told:
-            lines += textwrap.wrap(f"{name}: {told}", WIDTH, subsequent_indent="    ")
-        elif name == card.title:
-            lines += [card.title, ""]
-    return "\n".join([*lines, "", "Its own flags:", *flags_of(method)])
+            lines += _wrap(f"{name}: {told}", WIDTH, "    ")
+    return "\n".join([*lines, "", "Its own flags:", *flags_of(method), "", ALL_FLAGS])
 
 
 def flags_of(method: type[Method]) -> list[str]:
-    """One line for each flag: name, default, what it is."""
-    found = [
-        f"    --{one.name} {one.default}".ljust(34) + one.metadata.get("help", "")
-        for one in fields(method)
-    ]
-    return found or ["    none"]
+    """Name, default and meaning of each flag, in two columns."""
+    lines = []
+    for one in fields(method):
+        head = f"    --{one.name} {default_of(one)}  "
+        told = _wrap(one.metadata["help"], WIDTH - COLUMN)
+        lines += [head.ljust(COLUMN) + told[0], *(" " * COLUMN + more for more in told[1:])]
+    return lines or ["    none"]
+
+
+def _wrap(text: str, width: int, indent: str = "") -> list[str]:
+    """Lines of words; a flag is one word."""
+    return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def default_of(one: Field) -> str:
+    return "(not set)" if one.default in (None, "") else str(one.default)
 
 
 def preset_of(method: type[Method]) -> str:
-    told = [f"{name} {value}" for name, value in method.preset.items()]
-    told += [] if method.uses_retain else ["no retain data"]
+    told = [f"{name} {_number(value)}" for name, value in method.preset.items()]
+    return ", ".join(told) or ("the common defaults" if method.trains else "nothing is trained")
+
+
+def notes_of(method: type[Method]) -> str:
+    """What it needs and is; empty where there is nothing to say."""
+    told = [] if method.uses_retain else ["needs no retain data"]
     told += ["works on weights that are there (--full, or a given adapter)"] * method.needs_weights
-    told += ["suppression, not removal"] * method.is_suppression
-    return ", ".join(told) or "the common defaults"
+    told += ["suppresses, does not remove"] * method.is_suppression
+    return "; ".join(told)
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def readme_table() -> str:
@@ -85,10 +104,12 @@ def docs_page() -> str:
         parts.append(f"- **Use it when**: {card.use_when}\n- **It fails when**: {card.fails_when}")
         if card.differs:
             parts.append(f"- **Differs**: {card.differs}")
-        parts.append(f"- **Source**: {card.source}\n- **Preset**: {preset_of(method)}")
+        parts.append(f"- **Source**: {card.source}\n- **{PRESET}**: {preset_of(method)}")
+        if notes := notes_of(method):
+            parts.append(f"- **Note**: {notes}")
         if fields(method):
             flags = "\n".join(
-                f"| `--{f.name}` | {f.default} | {f.metadata['help']} |" for f in fields(method)
+                f"| `--{f.name}` | {default_of(f)} | {f.metadata['help']} |" for f in fields(method)
             )
             parts.append(f"\n| flag | default | |\n|---|---|---|\n{flags}")
     return "\n".join(parts) + "\n"

@@ -131,7 +131,10 @@ def _fresh(model: Any, lora: LoraConfig, trainable: str | None, seed: int) -> Pe
         lora.target_modules = names  # pyright: ignore[reportAttributeAccessIssue]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, lora, adapter_name=ADAPTER)  # pyright: ignore
+        try:
+            return get_peft_model(model, lora, adapter_name=ADAPTER)  # pyright: ignore
+        except ValueError as error:  # target modules that are not there
+            raise UserError(f"cannot put a LoRA on the model: {error}") from None
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:

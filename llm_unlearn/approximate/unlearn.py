@@ -122,11 +122,12 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
     start = time.monotonic()
     config = config or UnlearningConfig()
     method = method or make_method(config.method)
+    watch = _watch(config, watching, tokenizer)
     model = method.start_from(model)
     session, output = prepare(
         model, tokenizer, forget, retain, config, method, lora=lora, encoder=encoder
     )
-    trainer, watch = train(session, method, watching, on_step)
+    trainer = train(session, method, watch, on_step)
     if watch is not None:
         watch.restore_best(session.tuned)
     method.finish(session)
@@ -176,8 +177,7 @@ def prepare(
     """
     check_sets(forget, retain, method.uses_retain)
     set_seed(config.seed)
-    output = Path(str(config.output_dir))
-    work = output / CHECKPOINTS
+    output, work = Path(str(config.output_dir)), _work(config)
     _claim(work, _describe(model, config, method, forget, retain))
     tuned = _tuned(model, config, method, lora)
     session = Session(tuned, tokenizer, forget, retain, config, work, encoder)
@@ -187,6 +187,10 @@ def prepare(
     session.add_sides(method.sides(session))
     method.prepare(session)
     return session, output
+
+
+def _work(config: UnlearningConfig) -> Path:
+    return Path(str(config.output_dir), CHECKPOINTS)
 
 
 def _tuned(model: Any, config: UnlearningConfig, method: Method, lora: LoraConfig | None) -> Tuned:
@@ -211,16 +215,13 @@ def _tuned(model: Any, config: UnlearningConfig, method: Method, lora: LoraConfi
 def train(
     session: Session,
     method: Method,
-    watching: Watching | None,
+    watch: Watch | None,
     on_step: Callable[[int, int], None] | None,
-) -> tuple[UnlearningTrainer | None, Watch | None]:
+) -> UnlearningTrainer | None:
     """Train, going on from a checkpoint; nothing where the method is not trained by gradients."""
     if not method.trains:
-        return None, None
+        return None
     config, work = copy.copy(session.config), session.work
-    watch = _watch(config, watching, session) if watching is not None else None
-    if watch is None and (config.stop_when != "never" or config.keep != "last"):
-        raise UserError("--stop_when and --keep best need an evaluation: give --eval_suite")
     reference = Reference(session.tuned, work, session.pad_token_id)
     config.output_dir = str(work)
     stopper = make_stopper(config.stop_samples, session, method)
@@ -232,16 +233,20 @@ def train(
         reference.prepare(method.needs(), session.sides)
     checkpoint = last_checkpoint(work)
     trainer.run(str(checkpoint) if checkpoint else None)
-    return trainer, watch
+    return trainer
 
 
-def _watch(config: UnlearningConfig, watching: Watching, session: Session) -> Watch:
+def _watch(config: UnlearningConfig, watching: Watching | None, tokenizer: Any) -> Watch | None:
+    if watching is None:
+        if config.stop_when != "never" or config.keep != "last":
+            raise UserError("--stop_when and --keep best need an evaluation: give --eval_suite")
+        return None
     floor = config.utility_floor
     if floor is None and watching.retrained is not None:
         floor = watching.retrained.utility
     return Watch(
-        lambda model: watching.evaluate(model, session.tokenizer),
-        session.work,
+        lambda model: watching.evaluate(model, tokenizer),
+        _work(config),
         config.stop_when,
         floor,
         watching.retrained.forget if watching.retrained else None,
@@ -257,6 +262,7 @@ def save_result(session: Session, output: Path, texts: Mapping[str, str] | None 
     state = PartialState()
     state.wait_for_everyone()
     if state.is_main_process:
+        _clear(output)
         session.model.save_pretrained(str(output))
         session.tokenizer.save_pretrained(str(output))
         for name, content in session.extra_files.items():
@@ -268,6 +274,14 @@ def save_result(session: Session, output: Path, texts: Mapping[str, str] | None 
             files.write_bytes(output / name, text.encode(), mode=0o644)
         shutil.rmtree(session.work)
     state.wait_for_everyone()
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier result there left and this one might not write over."""
+    if (output / REPORT_NAME).exists():
+        for pattern in ("*.safetensors", "*config.json", "*.index.json", "wrapper.json"):
+            for path in output.glob(pattern):
+                path.unlink()
 
 
 def _describe(
@@ -294,13 +308,16 @@ def _claim(work: Path, described: dict[str, Any]) -> None:
     """
     state = PartialState()
     path = work / "request.json"
-    if path.exists() and json.loads(path.read_bytes()) != json.loads(json.dumps(described)):
+    is_other = path.exists() and json.loads(path.read_bytes()) != json.loads(json.dumps(described))
+    if is_other and last_checkpoint(work) is not None:
         raise UserError(
             f"{work} holds the checkpoints of another request that was interrupted: finish that one, "
             "remove the directory, or choose another --output_dir"
         )
     state.wait_for_everyone()
     if state.is_main_process:
+        if is_other:  # it ended before its first checkpoint: nothing to go on with
+            shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)
         files.write_bytes(path, json.dumps(described).encode())
     state.wait_for_everyone()

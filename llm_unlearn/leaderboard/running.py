@@ -57,8 +57,8 @@ def run(benchmark: Benchmark, say: Callable[[str], None]) -> list[str]:
             say(f"{row}, seed {seed}")
             try:
                 _Row(benchmark, row, seed).measure()
-            except UserError as error:
-                failures.append(f"{row}, seed {seed}: {error}")
+            except (UserError, RuntimeError) as error:  # torch's, such as memory that ran out
+                failures.append(f"{row}, seed {seed}: {' '.join(str(error).split())}")
             gc.collect()
     return failures
 
@@ -75,6 +75,8 @@ class _Row:
         if self.name in EXACT:
             self._measure_exact()
             return
+        if self.name != RETRAINED and self._evaluation(RETRAINED) is None:
+            raise RunError("there is no retrained model to hold it against")
         done = self._make()
         references = {
             role: self._evaluation(role) for role in (RETRAINED, BEFORE) if role != self.name

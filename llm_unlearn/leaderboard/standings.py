@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llm_unlearn.errors import UserError
 from llm_unlearn.evaluation.catalogue import as_share
 from llm_unlearn.evaluation.compare import compare
 from llm_unlearn.evaluation.results import Results, Value, read_results
@@ -105,7 +106,7 @@ def _passes_relearning(row: Standing) -> bool | None:
     return None if math.isnan(area) else area <= TOLERANCE
 
 
-def criteria(suite: str, values: Mapping[str, Value]) -> list[Criterion]:
+def criteria(values: Mapping[str, Value]) -> list[Criterion]:
     """What a suite lets us judge: TOFU's forget quality, or MUSE's knowledge of the forget set."""
     found = []
     if "forget_quality" in values:
@@ -186,16 +187,23 @@ class Leaderboard:
 
 
 def read_leaderboard(benchmark: Benchmark) -> Leaderboard:
-    """Rows of everything that has been measured."""
+    """Rows of everything that has been measured.
+
+    Raises:
+        UserError: nothing has.
+    """
     results = {row: _results(benchmark, row) for row in benchmark.all_rows}
     missing = [row for row, found in results.items() if not found]
+    if len(missing) == len(results):
+        raise UserError(f"{benchmark.output} holds no results: nothing has been measured")
     retraining = _mean([one.model.cost[SECONDS] for one in results[RETRAINED]])
     rows = [_standing(row, found, retraining) for row, found in results.items() if found]
     measured = [
         one for row, found in results.items() if row not in (RETRAINED, BEFORE) for one in found
     ]
-    plane = compare(measured or results[RETRAINED], across_seeds=True).plane
-    shown = criteria(benchmark.world.suite.name, rows[0].values)
+    references = results[RETRAINED] or results[BEFORE]
+    plane = compare(measured or references, across_seeds=True).plane
+    shown = criteria(rows[0].values)
     board = Leaderboard(benchmark.world.suite.name, shown, rows, plane, missing)
     utility = shown[2].metric
 

@@ -182,14 +182,21 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(
 def test_checkpoints_of_another_request_are_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def break_off(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
+    original = UnlearningTrainer.training_step
+
+    def break_off(self: Any, *given: Any, **named: Any) -> Any:
+        if self.state.global_step == broken_at:
+            raise KeyboardInterrupt
+        return original(self, *given, **named)
 
     monkeypatch.setattr(UnlearningTrainer, "training_step", break_off)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "out")
+    options = {"save_strategy": "epoch"}
+    for broken_at in (1, 5):
+        # Before the first checkpoint there is nothing to go on with, so nothing is refused.
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", learning_rate=broken_at * 1e-3, **options)
     with pytest.raises(UserError, match="another request"):
-        run(tmp_path / "out", learning_rate=1e-5)
+        run(tmp_path / "out", learning_rate=1e-5, **options)
 
 
 @dataclass
