@@ -165,6 +165,9 @@ def load_trainable(
 ) -> tuple[Any, Any]:
     """The fine-tuned model, whose adapter (if it has one) goes on being trained, and its tokenizer.
 
+    What an earlier request left to answer through is around it: methods that cannot go on from there
+    say so.
+
     Args:
         name_or_path: a model, or an adapter's directory.
 
@@ -172,9 +175,9 @@ def load_trainable(
         UserError: it cannot be loaded, or the adapter was trained on another base.
     """
     from llm_unlearn.exact.base_model import load_base
-    from llm_unlearn.models import base_of_adapter, with_adapter
+    from llm_unlearn.models import base_of_adapter, with_adapter, wrapped
 
-    path = Path(name_or_path)
+    path = Path(adapter or name_or_path)
     if adapter is None and (path / "adapter_config.json").is_file():
         name_or_path, adapter = base_of_adapter(path), name_or_path
     elif adapter is not None and not any_base:
@@ -184,9 +187,9 @@ def load_trainable(
         "attn_implementation": model_arguments.attn_implementation,
     }
     model, tokenizer = load_base(name_or_path, model_arguments.model_revision, options)
-    if adapter is None:
-        return model, tokenizer
-    return with_adapter(model, adapter, trainable=True), tokenizer
+    if adapter is not None:
+        model = with_adapter(model, adapter, trainable=True)
+    return wrapped(model, tokenizer, path), tokenizer
 
 
 def _check_base(adapter: str, base: str) -> None:

@@ -47,7 +47,7 @@ def describe(method: type[Method]) -> str:
 def flags_of(method: type[Method]) -> list[str]:
     """One line for each flag: name, default, what it is."""
     found = [
-        f"    --{one.name} {one.default}".ljust(34) + one.metadata.get("help", "")
+        f"    --{one.name} {one.default} ".ljust(34) + one.metadata.get("help", "")
         for one in fields(method)
     ]
     return found or ["    none"]

@@ -68,6 +68,7 @@ class SoftAdapter(nn.Module):
     """
 
     routes_prompts = True
+    is_wrapper = True
 
     def __init__(
         self,

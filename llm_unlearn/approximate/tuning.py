@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -89,8 +90,15 @@ def tune(model: Any, lora: LoraConfig, full: bool, trainable: str | None, seed: 
         trainable: a regular expression that the names of trained modules must match.
 
     Raises:
-        UserError: nothing matches, or the adapter is not a LoRA.
+        UserError: nothing matches, the adapter is not a LoRA, or the model hides one in its layers.
     """
+    if not isinstance(model, PeftModel) and any(
+        isinstance(m, BaseTunerLayer) for m in model.modules()
+    ):
+        raise UserError(
+            "the model has an adapter inside that it does not know of (an earlier call's, or loaded with "
+            "AutoModel): give the PeftModel, or load the base model again"
+        )
     if full:
         model = model.merge_and_unload() if isinstance(model, PeftModel) else model
     elif not isinstance(model, PeftModel):

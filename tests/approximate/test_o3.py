@@ -325,5 +325,5 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="refusal or wrong"):
         make_method("o3", {"target": "x"})
     config = arguments(tmp_path / "f", "graddiff")
-    with pytest.raises(UserError, match="wrapper of another method"):
+    with pytest.raises(UserError, match="method's wrapper"):
         unlearn(answering(tmp_path / "d"), make_tiny_tokenizer(), forget, retain, config)

@@ -36,7 +36,8 @@ class O3(Method):
     )
     refusals: str | None = refusals_flag()
     earlier: str = flag(
-        "", "directory that the request before wrote (default: the given model's own)"
+        "",
+        "directory that the request before wrote (default: that which the model was loaded from)",
     )
     gamma: float = flag(1000.0, "of the detector: weight of the nearest text's cosine")
     held_out: float = flag(0.3, "part of the forget records that the detector is calibrated with")
@@ -60,7 +61,9 @@ class O3(Method):
         fails_when="It removes nothing: without the adapter all is there, and prompts that the detector does "
         "not know (another language, a paraphrase, a long context) pass it. Neighbours of the forget "
         "set are refused too, the more the fewer records there are. The detector stores statistics "
-        "of the forget texts, from which they may be told; its file must be kept as they would be.",
+        "of the forget texts, and a trained backbone has learnt them: keep these files as you would keep "
+        "the texts. Python: PEFT alone does not tell which request an adapter is from; give `earlier`, or "
+        "load it with `load_model`.",
         differs="Scores have one sign (the code adds a distance where it should subtract), means leave out "
         "padding, covariances are shrunk, the weight is one-sided: sigmoid(steepness * (score - threshold)) "
         "with the threshold from held-out forget texts. Cosines are of features less their mean. Layers are "
@@ -88,7 +91,7 @@ class O3(Method):
         self._earlier: dict[str, Tensor] = {}  # the same by request/module
 
     def start_from(self, model: Any) -> Any:
-        return getattr(model, "adapted", model)
+        return super().start_from(getattr(model, "adapted", model))
 
     def sides(self, session: Session) -> Mapping[str, list[Record]]:
         forget, seed = session.forget, session.config.seed
@@ -165,6 +168,7 @@ class O3(Method):
         now = {f"{number}/{name}": factor for name, factor in self._factors.items()}
         told = {"method": "o3", "requests": number + 1, "encoder": session.encoder}
         written = detector_files([*detectors, self._detector])
+        session.model.written_in = str(session.config.output_dir)  # for a next request
         session.extra_files |= {
             "wrapper.json": json.dumps(told).encode(), EARLIER: save(copied(self._earlier | now)), **written,
         }  # fmt: skip
