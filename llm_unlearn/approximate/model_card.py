@@ -47,6 +47,7 @@ def model_card(method: Method, report: "Report") -> str:
             "a number.",
             "",
         ]
+    lines += [f"Note: {note}." for note in report.notes]
     lines += _standings(report)
     lines += ["## When it fails", "", card.fails_when, ""]
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from llm_unlearn.approximate.detector_training import (
 from llm_unlearn.approximate.encoder import BaseEncoder, Encoder, load_encoder
 from llm_unlearn.approximate.session import Session
 from llm_unlearn.approximate.soft_adapter import SoftAdapter, lower_layers, row_features
+from llm_unlearn.data.encoding import Example
 
 DETECTORS = "detectors.safetensors"
 BACKBONES = "backbones.safetensors"
@@ -36,19 +37,18 @@ class RequestDetector:
 
 
 def make_detector(
-    session: Session,
-    records: Sequence[Sequence[Sequence[int]]],
-    calibration: Calibration,
-    training: BackboneTraining | None,
+    session: Session, answers: str, calibration: Calibration, training: BackboneTraining | None
 ) -> RequestDetector:
     """Train the backbone and fit the detector on some of the records, calibrate with the others.
 
     Args:
-        records: each as the ways in which it is asked about, rows of ids; the last is all of it.
+        answers: the side with the forget set's prompts and other answers.
         training: of `session.encoder`; None: it is taken as it is.
     """
+    pairs = zip(session.sides[answers], session.sides["forget"], strict=True)
+    records = [[_prompt(answer), example.input_ids] for answer, example in pairs]
     name, tokenizer, seed = session.encoder, session.tokenizer, session.config.seed
-    model = session.model.to(session.config.device)
+    model = session.model
     used, held_out = split_rows(len(records), calibration.held_out, seed)
     backbone: Mapping[str, Tensor] = {}
     if name is None or training is None:
@@ -58,15 +58,19 @@ def make_detector(
     else:
         tuned, own = load_backbone(name, model.device, seed)
         layers = lower_layers(TunedEncoder(tuned, own, {}))
-        whole = [records[number][-1] for number in used]
+        whole = [records[number][1] for number in used]
         texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
         backbone = train_backbone(tuned, own, texts, layers, training, seed)
         encoder = TunedEncoder(tuned, own, backbone)
     rows = [row for record in records for row in record]
     features = row_features(encoder, tokenizer, rows, lower_layers(encoder))
-    features_NVLD = features.unflatten(0, (len(records), -1))  # V ways to ask about a record
+    features_NVLD = features.unflatten(0, (len(records), -1))  # V: the prompt alone, all of it
     used_NLD, held_out_MLD = (features_NVLD[part].flatten(0, 1) for part in (used, held_out))
     return RequestDetector(Detector.fit(used_NLD, held_out_MLD, calibration), backbone)
+
+
+def _prompt(example: Example) -> list[int]:
+    return example.input_ids[: next(i for i, label in enumerate(example.labels) if label >= 0)]
 
 
 def soft_adapter(

@@ -84,32 +84,27 @@ def tune(model: Any, lora: LoraConfig, full: bool, trainable: str | None, seed: 
     """Choose what is trained, and give gradients to that alone.
 
     Args:
-        model: a model that comes with an adapter goes on training that one.
+        model: one that comes with an adapter goes on training that one.
         lora: the shape of a fresh adapter.
-        full: train the weights; an adapter is merged into them first.
+        full: train the weights, of a model without an adapter.
         trainable: a regular expression that the names of trained modules must match.
 
     Raises:
-        UserError: nothing matches, the adapter is not a LoRA, or the model hides one in its layers.
+        UserError: nothing matches, the adapter is not one LoRA under its default name, or the model
+            has one inside without being a `PeftModel`.
     """
-    if not isinstance(model, PeftModel) and any(
-        isinstance(m, BaseTunerLayer) for m in model.modules()
-    ):
+    if isinstance(model, PeftModel):
+        _check_adapter(model)
+    elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UserError(
             "the model has an adapter inside that it does not know of (an earlier call's, or loaded with "
             "AutoModel): give the PeftModel, or load the base model again"
         )
-    if full:
-        model = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    elif not isinstance(model, PeftModel):
+    elif not full:
         model = _fresh(model, lora, trainable, seed)
-    elif any(
-        str(config.peft_type).rsplit(".", 1)[-1] != "LORA" for config in model.peft_config.values()
-    ):
-        raise UserError("the model's adapter is not a LoRA: merge it, or use --full")
     chosen = {}
     for name, parameter in model.named_parameters():
-        is_factor = ".lora_" in name and f".{_active(model)}." in name
+        is_factor = ".lora_" in name and f".{ADAPTER}." in name
         wanted = (full or is_factor) and parameter.is_floating_point()
         wanted = wanted and (trainable is None or re.search(trainable, name) is not None)
         parameter.requires_grad_(bool(wanted))
@@ -120,8 +115,15 @@ def tune(model: Any, lora: LoraConfig, full: bool, trainable: str | None, seed: 
     return Tuned(model, chosen)
 
 
-def _active(model: Any) -> str:
-    return model.active_adapters[0] if isinstance(model, PeftModel) else ""
+def _check_adapter(model: PeftModel) -> None:
+    names = list(model.peft_config)
+    if names != [ADAPTER]:
+        raise UserError(
+            f"the model has adapters called {', '.join(names)}: give it one, loaded as {ADAPTER!r}, which "
+            "is where it is written"
+        )
+    if str(model.peft_config[ADAPTER].peft_type).rsplit(".", 1)[-1] != "LORA":
+        raise UserError("the model's adapter is not a LoRA: merge it, or use --full")
 
 
 def _fresh(model: Any, lora: LoraConfig, trainable: str | None, seed: int) -> PeftModel:

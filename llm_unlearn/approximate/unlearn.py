@@ -200,6 +200,8 @@ def _tuned(model: Any, config: UnlearningConfig, method: Method, lora: LoraConfi
     lora = lora or LoraConfig(
         r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
     )
+    # Before what is kept aside is copied: it stays where it is.
+    model = model.to(config.device)
     if config.full and isinstance(model, PeftModel):
         model = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
     trainable = config.trainable or method.trainable(model)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llm_unlearn import demonstration
+from llm_unlearn.approximate.methods import METHODS
 from llm_unlearn.errors import UserError
 from llm_unlearn.evaluation.attacks.relearning import RelearningAttack
 from llm_unlearn.evaluation.suites.demonstration import demonstration_muse, demonstration_tofu
@@ -26,11 +27,11 @@ def make_world(arguments: argparse.Namespace) -> World:
     given = [arguments.forget, arguments.retain, arguments.base]
     if any(given) and not all(given):
         raise UserError("own data needs all three of --forget, --retain and --base")
-    world = _own(arguments) if all(given) else _demonstration(arguments.suite)
+    world = _own(arguments) if all(given) else _demonstration(arguments.suite, arguments.output_dir)
     return _overridden(world, arguments.settings)
 
 
-def _demonstration(suite: str) -> World:
+def _demonstration(suite: str, output: Path) -> World:
     suites = {"tofu": demonstration_tofu, "muse": demonstration_muse}
     if suite not in suites:
         raise UserError(
@@ -47,7 +48,7 @@ def _demonstration(suite: str) -> World:
         fine_tuning=demonstration.FINE_TUNING,
         unlearning=demonstration.UNLEARNING,
         unlearning_of=demonstration.UNLEARNING_OF,
-        methods=demonstration.METHOD_FLAGS,
+        methods={name: demonstration.method_flags(name, output) for name in METHODS},
         exact=demonstration.FLAGS,
         relearning=DEMONSTRATION_ATTACK,
     )

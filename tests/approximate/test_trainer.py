@@ -1,5 +1,6 @@
 """The trainer: bits, batches, accumulation, resume, divergence, evaluation on the way."""
 
+import copy
 import json
 import math
 from collections import Counter
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 from llm_unlearn.approximate import unlearn as unlearning
@@ -370,3 +372,11 @@ def test_an_example_is_cut_and_said(tmp_path: Path) -> None:
     config = arguments(tmp_path / "out", "ga", max_length=22)
     report = unlearn(knowing_model(), make_tiny_tokenizer(), forget, retain, config, lora=LORA)
     assert any("are cut" in note for note in report.notes)
+
+
+def test_an_adapter_under_another_name_is_refused(tmp_path: Path) -> None:
+    """It would be written into a directory of that name, where nothing looks for it."""
+    forget, retain = forget_and_retain()
+    model = get_peft_model(knowing_model(), copy.deepcopy(LORA), adapter_name="mine")
+    with pytest.raises(UserError, match="called mine"):
+        unlearn(model, make_tiny_tokenizer(), forget, retain, arguments(tmp_path / "out", "npo"))

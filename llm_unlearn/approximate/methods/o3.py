@@ -104,8 +104,7 @@ class O3(Method):
 
         if not session.tuned.is_adapter:
             raise UserError("O3 weighs an adapter by row, and --full leaves none: take --full away")
-        count = len(session.forget)
-        if count < 2:
+        if len(session.forget) < 2:
             raise UserError(
                 "O3's detector needs two forget records at least, one to calibrate with"
             )
@@ -113,8 +112,7 @@ class O3(Method):
         self._factors = {name: factor for name, factor in trained if ".lora_A." in name}
         if directory := self._directory(session):
             self._read_earlier(directory, session)
-        records = [_asked(session, number) for number in range(count)]
-        self._detector = make_detector(session, records, *self._detector_settings())
+        self._detector = make_detector(session, ANSWER, *self._detector_settings())
 
     def _directory(self, session: Session) -> Path | None:
         given = self.earlier or getattr(session.model, "written_in", "")
@@ -205,11 +203,3 @@ def overlap_with_earlier(factors: Mapping[str, Tensor], earlier: Mapping[str, Te
 
 def _settings(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "wrapper.json").read_bytes())
-
-
-def _asked(session: Session, number: int) -> list[list[int]]:
-    """A record as it is asked about: its prompt alone, and all of it."""
-    example = session.sides["forget"][number]
-    prompt = session.sides[ANSWER][number]
-    length = next(place for place, label in enumerate(prompt.labels) if label >= 0)
-    return [prompt.input_ids[:length], example.input_ids]
