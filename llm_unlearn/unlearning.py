@@ -189,6 +189,9 @@ def load_trainable(
 ) -> tuple[Any, Any]:
     """The fine-tuned model, whose adapter (if it has one) goes on being trained, and its tokenizer.
 
+    What an earlier request left to answer through is around it: methods that cannot go on from there
+    say so.
+
     Args:
         name_or_path: a model, or an adapter's directory; with the wrapper that a method left there.
 
@@ -198,19 +201,18 @@ def load_trainable(
     from llm_unlearn.exact.base_model import load_base
     from llm_unlearn.models import base_of_adapter, with_adapter, wrapped
 
-    path = Path(name_or_path)
-    is_adapter = adapter is None and (path / "adapter_config.json").is_file()
-    if adapter is not None and not any_base:
+    path = Path(adapter or name_or_path)
+    if adapter is None and (path / "adapter_config.json").is_file():
+        name_or_path, adapter = base_of_adapter(path), name_or_path
+    elif adapter is not None and not any_base:
         _check_base(adapter, name_or_path)
     options = {
         "dtype": model_arguments.dtype,
         "attn_implementation": model_arguments.attn_implementation,
     }
-    base = base_of_adapter(path) if is_adapter else name_or_path
-    model, tokenizer = load_base(base, model_arguments.model_revision, options)
+    model, tokenizer = load_base(name_or_path, model_arguments.model_revision, options)
     if adapter is not None:
-        return with_adapter(model, adapter, trainable=True), tokenizer
-    model = with_adapter(model, name_or_path, trainable=True) if is_adapter else model
+        model = with_adapter(model, adapter, trainable=True)
     return wrapped(model, tokenizer, path), tokenizer
 
 

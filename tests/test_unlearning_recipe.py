@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from llm_unlearn.approximate.methods import METHODS, load_method
-from llm_unlearn.approximate.methods.o3 import DETECTORS
+from llm_unlearn.approximate.request_detectors import DETECTORS
 from llm_unlearn.console import exit_code_of
 from llm_unlearn.demonstration import MODEL_PATH, UNLEARNING
 from llm_unlearn.models import load_model

@@ -38,6 +38,7 @@ class DifferenceModel(PreTrainedModel, GenerationMixin):
         reinforced: other values of some of its parameters, by name.
     """
 
+    is_wrapper = True
     # Attention is the model's business, which has already chosen how to compute it.
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -150,12 +150,26 @@ def load_encoder(name: str, device: Any = "cpu") -> Encoder:
     Raises:
         UserError: it cannot be found or loaded.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
+
+    model, tokenizer, _ = read_text_model(AutoModel, name)
+    return Encoder(model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+def read_text_model(kind: Any, name: str) -> tuple[Any, Any, set[str]]:
+    """A model of one of Transformers' auto classes, its tokenizer, and the weights it came without.
+
+    Raises:
+        UserError: it cannot be found or loaded.
+    """
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        model, told = kind.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load the text encoder {name!r}: {reason}") from None
-    return Encoder(model.to(device).eval().requires_grad_(False), tokenizer)
+    return model, tokenizer, set(told["missing_keys"])

@@ -84,10 +84,10 @@ class Method:
         """
         from llm_unlearn.errors import UserError
 
-        if hasattr(model, "adapted"):
+        if getattr(model, "is_wrapper", False):
             raise UserError(
-                "the model answers through the wrapper of another method: go on with that method, or "
-                "give the base model and the adapter themselves"
+                "the model answers through a method's wrapper, which training would leave behind: begin "
+                "with the model before that method, or (after o3) go on with --method o3"
             )
         return model
 

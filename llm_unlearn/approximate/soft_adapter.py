@@ -63,28 +63,25 @@ class SoftAdapter(nn.Module):
 
     Attributes:
         adapted: the model with its adapter, which can be trained on.
-        directory: where it was written.
+        encoders: of each detector; several may share one, which then looks at a prompt once.
         routes_prompts: tells an evaluation to say how long prompts are.
     """
 
     routes_prompts = True
+    is_wrapper = True
 
     def __init__(
         self,
         adapted: Any,
         tokenizer: Any,
         detectors: Sequence[Detector],
-        encoder: Encoder,
-        layers: Sequence[int],
-        directory: Any = None,
+        encoders: Sequence[Encoder],
     ):
         super().__init__()
         self.adapted = adapted
         self.tokenizer = tokenizer
         self.detectors = detectors
-        self.encoder = encoder
-        self.layers = layers
-        self.directory = directory
+        self.encoders = encoders
         self._rows = RowWeights(adapted)
 
     @property
@@ -116,8 +113,12 @@ class SoftAdapter(nn.Module):
         if prompt_lengths is not None:
             given = zip(rows, prompt_lengths.tolist(), strict=True)
             rows = [row[:length] if length > 1 else row for row, length in given]
-        features = row_features(self.encoder, self.tokenizer, rows, self.layers)
-        return highest([detector.weights(features) for detector in self.detectors])
+        features = {
+            encoder: row_features(encoder, self.tokenizer, rows, lower_layers(encoder))
+            for encoder in set(self.encoders)
+        }
+        pairs = zip(self.detectors, self.encoders, strict=True)
+        return highest([detector.weights(features[encoder]) for detector, encoder in pairs])
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -89,10 +90,16 @@ def tune(model: Any, lora: LoraConfig, full: bool, trainable: str | None, seed: 
         trainable: a regular expression that the names of trained modules must match.
 
     Raises:
-        UserError: nothing matches, or the adapter is not one LoRA under its default name.
+        UserError: nothing matches, the adapter is not one LoRA under its default name, or the model
+            has one inside without being a `PeftModel`.
     """
     if isinstance(model, PeftModel):
         _check_adapter(model)
+    elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError(
+            "the model has an adapter inside that it does not know of (an earlier call's, or loaded with "
+            "AutoModel): give the PeftModel, or load the base model again"
+        )
     elif not full:
         model = _fresh(model, lora, trainable, seed)
     chosen = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
 from transformers import set_seed
 
@@ -23,7 +24,7 @@ from llm_unlearn.approximate.retain_projection import make_modifier
 from llm_unlearn.approximate.sample_stopping import make_stopper
 from llm_unlearn.approximate.session import Session, check_sets
 from llm_unlearn.approximate.trainer import UnlearningTrainer, last_checkpoint
-from llm_unlearn.approximate.tuning import Tuned, tune
+from llm_unlearn.approximate.tuning import ADAPTER, Tuned, tune
 from llm_unlearn.approximate.watch import Standing, Watch
 from llm_unlearn.data.records import Record, digest
 from llm_unlearn.digests import tensors_digest
@@ -178,13 +179,14 @@ def prepare(
     check_sets(forget, retain, method.uses_retain)
     set_seed(config.seed)
     output, work = Path(str(config.output_dir)), _work(config)
-    _claim(work, _describe(model, config, method, forget, retain))
     tuned = _tuned(model, config, method, lora)
     session = Session(tuned, tokenizer, forget, retain, config, work, encoder)
     session.sides["forget"] = session.encode(forget)
     if method.uses_retain:
         session.sides["retain"] = session.encode(retain)
-    session.add_sides(method.sides(session))
+    # What a model chose or made up may differ between processes by rounding: the main one's counts.
+    session.add_sides(broadcast_object_list([method.sides(session)])[0])
+    _claim(work, _describe(session, method))
     method.prepare(session)
     return session, output
 
@@ -284,42 +286,49 @@ def _clear(output: Path) -> None:
                 path.unlink()
 
 
-def _describe(
-    model: Any,
-    config: UnlearningConfig,
-    method: Method,
-    forget: Sequence[Record],
-    retain: Sequence[Record],
-) -> dict[str, Any]:
-    """What an interrupted call must have in common with the one that goes on with it."""
+def _describe(session: Session, method: Method) -> dict[str, Any]:
+    """What an interrupted call must have in common with the one that goes on with it.
+
+    The sides are among it as they are trained on: so are the contents of files that flags name.
+    """
+    sides, given = session.sides, (session.forget, session.retain)
     return {
-        "model": tensors_digest(model),
+        "model": tensors_digest(session.model),
+        "adapter": _shape(session.model) if session.tuned.is_adapter else None,
         "method": asdict(method),
-        "training": _training_flags(config),
-        "records": digest([[r.content for r in forget], [r.content for r in retain]]),
+        "encoder": session.encoder,
+        "training": _training_flags(session.config),
+        "records": digest([[record.content for record in records] for records in given]),
+        "sides": {name: digest([[e.input_ids, e.labels] for e in sides[name]]) for name in sides},
     }
+
+
+def _shape(model: Any) -> list[Any]:
+    """What the tensors of a LoRA do not tell."""
+    lora = model.peft_config[ADAPTER]
+    return [lora.lora_alpha, lora.lora_dropout, lora.use_rslora]
 
 
 def _claim(work: Path, described: dict[str, Any]) -> None:
     """Make checkpoints this call's own.
 
     Raises:
-        UserError: they are those of another call.
+        UserError: they are those of another call; the main process decides for all.
     """
     state = PartialState()
     path = work / "request.json"
-    is_other = path.exists() and json.loads(path.read_bytes()) != json.loads(json.dumps(described))
-    if is_other and last_checkpoint(work) is not None:
+    told = json.dumps(described)
+    is_other = path.exists() and json.loads(path.read_bytes()) != json.loads(told)
+    if broadcast_object_list([is_other and last_checkpoint(work) is not None])[0]:
         raise UserError(
             f"{work} holds the checkpoints of another request that was interrupted: finish that one, "
             "remove the directory, or choose another --output_dir"
         )
-    state.wait_for_everyone()
     if state.is_main_process:
         if is_other:  # it ended before its first checkpoint: nothing to go on with
             shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(path, json.dumps(described).encode())
+        files.write_bytes(path, told.encode())
     state.wait_for_everyone()
 
 

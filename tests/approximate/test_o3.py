@@ -14,7 +14,7 @@ from sklearn.covariance import LedoitWolf
 from llm_unlearn.approximate.detector import Calibration, Detector, highest, split_rows
 from llm_unlearn.approximate.encoder import BaseEncoder
 from llm_unlearn.approximate.methods.o3 import overlap_with_earlier
-from llm_unlearn.approximate.soft_adapter import RowWeights, SoftAdapter
+from llm_unlearn.approximate.soft_adapter import RowWeights, SoftAdapter, lower_layers
 from llm_unlearn.approximate.unlearn import make_method, unlearn
 from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.errors import UserError
@@ -154,7 +154,7 @@ def soft(records: list[Record]) -> SoftAdapter:
     encoder = BaseEncoder(model, tokenizer)
     features = encoder.layers(encoder.tokenize([r.content["prompt"] for r in records]), [1])
     detector = Detector.fit(features[:-2], features[-2:], Calibration(gamma=10.0))
-    return SoftAdapter(model, tokenizer, [detector], encoder, [1])
+    return SoftAdapter(model, tokenizer, [detector], [encoder])
 
 
 def test_rows_do_not_depend_on_each_other_or_on_padding() -> None:
@@ -299,9 +299,12 @@ def test_a_text_encoder_can_be_the_backbone(tmp_path: Path) -> None:
     forget, _ = forget_and_retain()
     encoder = save_text_encoder(tmp_path / "encoder")
     once = {"num_train_epochs": 1}
-    request(tmp_path / "1", knowing_model(), forget[:4], training=once, encoder=encoder)
+    options = {"training": once, "encoder": encoder}
+    with pytest.raises(UserError, match="--train_detector false"):
+        request(tmp_path / "0", knowing_model(), forget[:4], **options)
+    request(tmp_path / "1", knowing_model(), forget[:4], train_detector=False, **options)
     model = answering(tmp_path / "1")
-    assert len(model.layers) == 2
+    assert len(lower_layers(model.encoders[0])) == 2
     assert weights(model, forget[:4]).mean() > 0.7
     with pytest.raises(UserError, match="--encoder"):
         request(tmp_path / "2", model, forget[4:], training=once)
@@ -322,5 +325,5 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="refusal or wrong"):
         make_method("o3", {"target": "x"})
     config = arguments(tmp_path / "f", "graddiff")
-    with pytest.raises(UserError, match="wrapper of another method"):
+    with pytest.raises(UserError, match="method's wrapper"):
         unlearn(answering(tmp_path / "d"), make_tiny_tokenizer(), forget, retain, config)

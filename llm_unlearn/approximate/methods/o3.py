@@ -16,14 +16,14 @@ from llm_unlearn.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llm_unlearn.approximate.encoder import Encoder
+    from llm_unlearn.approximate.detector import Calibration
+    from llm_unlearn.approximate.detector_training import BackboneTraining
     from llm_unlearn.approximate.session import Session
     from llm_unlearn.approximate.step import Step, Term
     from llm_unlearn.data.records import Record
 
 ANSWER = "forget/answer"
 EARLIER = "earlier.safetensors"
-DETECTORS = "detectors.safetensors"
 
 
 @dataclass
@@ -36,13 +36,20 @@ class O3(Method):
     )
     refusals: str | None = refusals_flag()
     earlier: str = flag(
-        "", "directory that the request before wrote (default: the given model's own)"
+        "",
+        "directory that the request before wrote (default: that which the model was loaded from)",
     )
     gamma: float = flag(1000.0, "of the detector: weight of the nearest text's cosine")
     held_out: float = flag(0.3, "part of the forget records that the detector is calibrated with")
     quantile: float = flag(0.05, "of the held-out scores, from which the adapter is half on")
     margin: float = flag(0.5, "standard deviations below that quantile")
     steepness: float = flag(4.0, "of the adapter's weight, by standard deviation")
+    train_detector: bool = flag(
+        True, "with --encoder, a masked language model: train a LoRA on it with the forget texts"
+    )
+    detector_momentum: float = flag(0.999, "of its key model (the paper's code: 1, frozen)")
+    detector_learning_rate: float = flag(1e-5, "of that training")
+    detector_epochs: int = flag(2, "of that training")
 
     card = Card(
         title="O3: orthogonal adapters behind a detector",
@@ -54,13 +61,16 @@ class O3(Method):
         fails_when="It removes nothing: without the adapter all is there, and prompts that the detector does "
         "not know (another language, a paraphrase, a long context) pass it. Neighbours of the forget "
         "set are refused too, the more the fewer records there are. The detector stores statistics "
-        "of the forget texts, from which they may be told; its file must be kept as they would be.",
+        "of the forget texts, and a trained backbone has learnt them: keep these files as you would keep "
+        "the texts. Python: PEFT alone does not tell which request an adapter is from; give `earlier`, or "
+        "load it with `load_model`.",
         differs="Scores have one sign (the code adds a distance where it should subtract), means leave out "
         "padding, covariances are shrunk, the weight is one-sided: sigmoid(steepness * (score - threshold)) "
         "with the threshold from held-out forget texts. Cosines are of features less their mean. Layers are "
-        "averaged in units of held-out spread instead of a one-class SVM. The detector's backbone "
-        "is the base model, or a text encoder (--encoder) as it is: the paper trains one. Rows of a batch "
-        "have their own weights.",
+        "averaged in units of held-out spread instead of a one-class SVM. Without --encoder the detector's "
+        "backbone is the base model as it is; with one it is trained as in the paper, on the texts that the "
+        "detector is fitted to and not on the held-out ones, and the key model's LoRA factors follow the "
+        "trained ones (the code freezes it). Rows of a batch have their own weights.",
     )
     preset = flags(
         learning_rate=2e-5, num_train_epochs=10.0, per_device_train_batch_size=4,
@@ -72,13 +82,16 @@ class O3(Method):
     def __post_init__(self) -> None:
         if self.target not in ("refusal", "wrong"):
             raise UserError(f"--target is refusal or wrong, got {self.target!r}")
-        if not (0 < self.held_out < 1 and 0 <= self.quantile <= 1):
-            raise UserError("--held_out is between 0 and 1, and so is --quantile")
+        parts = (self.held_out, self.quantile, self.detector_momentum)
+        if min(parts) < 0 or max(parts) > 1 or self.held_out in (0, 1):
+            raise UserError("--held_out, --quantile and --detector_momentum are between 0 and 1")
+        if self.detector_epochs < 1 or self.detector_learning_rate <= 0:
+            raise UserError("--detector_epochs and --detector_learning_rate are above 0")
         self._factors: dict[str, Tensor] = {}  # lora_A weights by module
         self._earlier: dict[str, Tensor] = {}  # the same by request/module
 
     def start_from(self, model: Any) -> Any:
-        return getattr(model, "adapted", model)
+        return super().start_from(getattr(model, "adapted", model))
 
     def sides(self, session: Session) -> Mapping[str, list[Record]]:
         forget, seed = session.forget, session.config.seed
@@ -87,7 +100,7 @@ class O3(Method):
         return {ANSWER: refused(forget, self.refusals, seed)}
 
     def prepare(self, session: Session) -> None:
-        from safetensors.torch import load_file
+        from llm_unlearn.approximate.request_detectors import make_detector
 
         if not session.tuned.is_adapter:
             raise UserError("O3 weighs an adapter by row, and --full leaves none: take --full away")
@@ -97,13 +110,24 @@ class O3(Method):
             )
         trained = session.tuned.trainable.items()
         self._factors = {name: factor for name, factor in trained if ".lora_A." in name}
-        directory = self._directory(session)
-        if directory is None:
-            return
+        if directory := self._directory(session):
+            self._read_earlier(directory, session)
+        self._detector = make_detector(session, ANSWER, *self._detector_settings())
+
+    def _directory(self, session: Session) -> Path | None:
+        given = self.earlier or getattr(session.model, "written_in", "")
+        return Path(given) if given else None
+
+    def _read_earlier(self, directory: Path, session: Session) -> None:
+        from safetensors.torch import load_file
+
         if not (directory / EARLIER).is_file():
             raise UserError(f"{directory} was not written by --method o3: it has no {EARLIER}")
+        encoder = _settings(directory)["encoder"]
+        if encoder != session.encoder:
+            raise UserError(f"the detectors in {directory} are of --encoder {encoder}: give it")
         self._earlier = load_file(directory / EARLIER, device=str(session.model.device))
-        last = len({name.split("/")[0] for name in self._earlier}) - 1
+        last = _settings(directory)["requests"] - 1
         for name, factor in self._factors.items():
             known = self._earlier.get(f"{last}/{name}")
             if known is None or known.shape != factor.shape or not known.equal(factor.to(known)):
@@ -111,9 +135,14 @@ class O3(Method):
                     f"the model does not come with the adapter in {directory}: give that one"
                 )
 
-    def _directory(self, session: Session) -> Path | None:
-        given = self.earlier or getattr(session.model, "written_in", "")
-        return Path(given) if given else None
+    def _detector_settings(self) -> tuple[Calibration, BackboneTraining | None]:
+        from llm_unlearn.approximate.detector import Calibration
+        from llm_unlearn.approximate.detector_training import BackboneTraining
+
+        numbers = Calibration(self.gamma, self.held_out, self.quantile, self.margin, self.steepness)
+        rate, epochs = self.detector_learning_rate, self.detector_epochs
+        how = BackboneTraining(self.detector_momentum, rate, epochs)
+        return numbers, how if self.train_detector else None
 
     def terms(self, step: Step) -> list[Term]:
         answer = step[ANSWER]
@@ -126,58 +155,32 @@ class O3(Method):
         return terms
 
     def finish(self, session: Session) -> None:
-        from safetensors.torch import load_file, save
+        from safetensors.torch import save
+
+        from llm_unlearn.approximate.request_detectors import detector_files, read_detectors
+        from llm_unlearn.approximate.tuning import copied
 
         directory = self._directory(session)
-        known = load_file(directory / DETECTORS) if directory else {}
-        settings = json.loads((directory / "wrapper.json").read_bytes()) if directory else {}
-        if directory and settings["encoder"] != session.encoder:
-            raise UserError(
-                f"the detectors in {directory} are of --encoder {settings['encoder']}: give it"
-            )
-        number = settings.get("requests", 0)
-        detector = self._detector(session)
-        known |= {f"{number}/{name}": tensor for name, tensor in detector.tensors().items()}
-        now = {f"{number}/{name}": a.detach().clone() for name, a in self._factors.items()}
-        stored = {name: tensor.cpu().contiguous() for name, tensor in (self._earlier | now).items()}
+        number = _settings(directory)["requests"] if directory else 0
+        detectors = read_detectors(directory, number) if directory else []
+        now = {f"{number}/{name}": factor for name, factor in self._factors.items()}
         told = {"method": "o3", "requests": number + 1, "encoder": session.encoder}
+        written = detector_files([*detectors, self._detector])
+        session.model.written_in = str(session.config.output_dir)  # for a next request
         session.extra_files |= {
-            "wrapper.json": json.dumps(told).encode(), EARLIER: save(stored), DETECTORS: save(known),
+            "wrapper.json": json.dumps(told).encode(), EARLIER: save(copied(self._earlier | now)), **written,
         }  # fmt: skip
         session.notes.append(
-            f"{DETECTORS} holds statistics of the forget texts of {number + 1} requests: guard it as them"
+            f"{' and '.join(written)} tell about the forget texts of {number + 1} requests: guard them as those"
         )
-
-    def _detector(self, session: Session) -> Any:
-        from llm_unlearn.approximate.detector import Calibration, Detector, split_rows
-        from llm_unlearn.approximate.soft_adapter import lower_layers, row_features
-
-        encoder = _encoder(session.encoder, session.model, session.tokenizer)
-        numbers = Calibration(self.gamma, self.held_out, self.quantile, self.margin, self.steepness)
-        count = len(session.forget)
-        rows = [view for number in range(count) for view in _views(session, number)]
-        features = row_features(encoder, session.tokenizer, rows, lower_layers(encoder))
-        features_NVLD = features.unflatten(0, (count, -1))  # V views of a record
-        used, held_out = split_rows(count, self.held_out, session.config.seed)
-        used_NLD, held_out_MLD = (features_NVLD[part].flatten(0, 1) for part in (used, held_out))
-        return Detector.fit(used_NLD, held_out_MLD, numbers)
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, directory: Path, settings: Mapping[str, Any]) -> Any:
-        from safetensors.torch import load_file
+        from llm_unlearn.approximate.request_detectors import read_detectors, soft_adapter
 
-        from llm_unlearn.approximate.detector import Detector
-        from llm_unlearn.approximate.soft_adapter import SoftAdapter, lower_layers
-
-        tensors = load_file(directory / DETECTORS)
-        encoder = _encoder(settings["encoder"], model, tokenizer)
-        detectors = []
-        for number in range(settings["requests"]):
-            head = f"{number}/"
-            mine = {n.removeprefix(head): t for n, t in tensors.items() if n.startswith(head)}
-            detectors.append(Detector.from_tensors(mine, model.device))
         model.written_in = str(directory)
-        return SoftAdapter(model, tokenizer, detectors, encoder, lower_layers(encoder))
+        detectors = read_detectors(directory, settings["requests"], model.device)
+        return soft_adapter(model, tokenizer, settings["encoder"], detectors)
 
 
 def overlap_with_earlier(factors: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> Tensor:
@@ -198,15 +201,5 @@ def overlap_with_earlier(factors: Mapping[str, Tensor], earlier: Mapping[str, Te
     return torch.stack(parts).sum()
 
 
-def _views(session: Session, number: int) -> list[list[int]]:
-    """A record as it is asked about: its prompt alone, and all of it."""
-    example = session.sides["forget"][number]
-    prompt = session.sides[ANSWER][number]
-    length = next(place for place, label in enumerate(prompt.labels) if label >= 0)
-    return [prompt.input_ids[:length], example.input_ids]
-
-
-def _encoder(name: str | None, model: Any, tokenizer: Any) -> Encoder:
-    from llm_unlearn.approximate.encoder import BaseEncoder, load_encoder
-
-    return BaseEncoder(model, tokenizer) if name is None else load_encoder(name, model.device)
+def _settings(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "wrapper.json").read_bytes())
