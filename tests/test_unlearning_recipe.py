@@ -376,7 +376,7 @@ def test_o3_remembers_its_earlier_requests(
     more = write(tmp_path / "more.jsonl", ROWS[14:20])
     given = ("--method", "o3", "--forget", forget, more, "--sequential")
     assert unlearn(tiny_base, tmp_path / "out", *given) == 0
-    assert "guard it as them" in capfd.readouterr().err
+    assert "guard them as those" in capfd.readouterr().err
     for number in (1, 2):
         with safe_open(tmp_path / "out" / f"request-{number}" / DETECTORS, "pt") as stored:
             assert {name.split("/")[0] for name in stored.keys()} == set("01"[:number])
