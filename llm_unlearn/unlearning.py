@@ -344,6 +344,8 @@ def write_curve(
     Returns:
         `request`, `forgotten` (rows so far), `forget`, `utility`; also written to `curve.json`.
     """
+    from accelerate import PartialState
+
     from llm_unlearn import files
     from llm_unlearn.evaluation import folds
     from llm_unlearn.models import load_model
@@ -365,5 +367,6 @@ def write_curve(
         {"request": request.name, "forgotten": step.forgotten, **vars(step.score)}
         for request, step in zip(requests, steps, strict=True)
     ]
-    files.write_bytes(output / CURVE_NAME, json.dumps(rows, indent=1).encode(), mode=0o644)
+    if PartialState().is_main_process:
+        files.write_bytes(output / CURVE_NAME, json.dumps(rows, indent=1).encode(), mode=0o644)
     return rows

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
 from llm_unlearn.approximate.tuning import Tuned
 from llm_unlearn.errors import UserError
 
@@ -26,7 +29,7 @@ class Standing:
 
 @dataclass
 class Watch:
-    """Looks at the model after each epoch.
+    """Looks at the model after each epoch, in every process; what the main one finds counts.
 
     Attributes:
         evaluate: puts a suite to the model.
@@ -65,7 +68,8 @@ class Watch:
         """Evaluate, keep the state if it is the best so far, and say whether to stop."""
         was_training = tuned.model.training
         tuned.model.eval()
-        one = self.evaluate(tuned.model)
+        # Rounding may differ between processes, but they must stop together.
+        one = broadcast_object_list([self.evaluate(tuned.model)])[0]
         tuned.model.train(was_training)
         best = None if self.best_epoch is None else self.merit(self.seen[self.best_epoch])
         self.seen[epoch] = one
@@ -85,6 +89,7 @@ class Watch:
 
     def restore_best(self, tuned: Tuned) -> None:
         """Put the best state back, where that is what is kept."""
+        PartialState().wait_for_everyone()  # the main process may still be writing it
         if self.keep == "best" and (self.directory / BEST_NAME).is_file():
             tuned.restore(self.directory / BEST_NAME)
 
