@@ -15,7 +15,8 @@ from llm_unlearn.approximate.difference_model import DifferenceModel, difference
 from llm_unlearn.approximate.methods.task_vector import negated
 from llm_unlearn.approximate.methods.whp import REINFORCED
 from llm_unlearn.approximate.tuning import tune
-from llm_unlearn.approximate.unlearn import make_method, unlearn
+from llm_unlearn.approximate.unlearn import Watching, make_method, unlearn
+from llm_unlearn.approximate.watch import Standing
 from llm_unlearn.errors import UserError
 from llm_unlearn.models import wrapped
 from tests.approximate.known import (
@@ -126,8 +127,11 @@ def test_nothing_looks_at_a_reinforced_model(
 ) -> None:
     forget, _ = forget_and_retain()
     config = arguments(tmp_path, name, **options)
+    watching = Watching(lambda *_: Standing(0.5, 0.5), Standing(0.0, 1.0))
     with pytest.raises(UserError, match="wrong model"):
-        unlearn(knowing_model(), make_tiny_tokenizer(), forget, (), config, lora=LORA)
+        unlearn(
+            knowing_model(), make_tiny_tokenizer(), forget, (), config, lora=LORA, watching=watching
+        )
 
 
 def test_the_logit_form_by_hand() -> None:
