@@ -3,7 +3,9 @@
 Imports no torch: `--help` is quick.
 """
 
+import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import Field, fields
 
 from llm_unlearn.approximate.method import Method
@@ -11,6 +13,7 @@ from llm_unlearn.approximate.methods import METHODS, load_method
 
 WIDTH, COLUMN = 100, 34
 PRESET = "Preset for --full (a LoRA: ten times the learning rate)"
+MARKS = "<!-- methods -->", "<!-- /methods -->"
 ALL_FLAGS = "Flags of every method: python recipes/unlearn.py --help"
 PAGE_HEAD = """# Approximate methods
 
@@ -82,37 +85,59 @@ def _number(value: object) -> str:
 
 def readme_table() -> str:
     """The README's table of methods."""
-    rows = [
-        f"| `{name}` | {load_method(name).card.title} | {short_source(load_method(name))} |"
-        for name in METHODS
-    ]
-    return "\n".join(["| `--method` | | source |", "|---|---|---|", *rows])
+    rows = []
+    for name in METHODS:
+        method = load_method(name)
+        rows.append([f"`{name}`", method.card.title, notes_of(method), short_source(method)])
+    return table(["`--method`", "", "", "source"], rows)
 
 
 def short_source(method: type[Method]) -> str:
-    """The first work that the card names."""
-    return method.card.source.split(";")[0]
+    """The first paper that the card names, as a link."""
+    number = re.search(r"\d{4}\.\d{5}", method.card.source)
+    return f"[{number[0]}](https://arxiv.org/abs/{number[0]})" if number else method.card.source
 
 
 def docs_page() -> str:
     """Every card, as Markdown."""
-    parts = [PAGE_HEAD]
-    for name in METHODS:
-        method = load_method(name)
-        card = method.card
-        parts.append(f"\n## `{name}`: {card.title}\n\n{card.idea}\n")
-        parts.append(f"- **Use it when**: {card.use_when}\n- **It fails when**: {card.fails_when}")
-        if card.differs:
-            parts.append(f"- **Differs**: {card.differs}")
-        parts.append(f"- **Source**: {card.source}\n- **{PRESET}**: {preset_of(method)}")
-        if notes := notes_of(method):
-            parts.append(f"- **Note**: {notes}")
-        if fields(method):
-            flags = "\n".join(
-                f"| `--{f.name}` | {default_of(f)} | {f.metadata['help']} |" for f in fields(method)
-            )
-            parts.append(f"\n| flag | default | |\n|---|---|---|\n{flags}")
-    return "\n".join(parts) + "\n"
+    from llm_unlearn.approximate.arguments import COMMON
+
+    common = [f"{name} {_number(value)}" for name, value in COMMON.items() if value is not None]
+    defaults = textwrap.fill(f"The common defaults are {', '.join(common)}.", WIDTH)
+    return "\n".join(
+        [PAGE_HEAD, f"{defaults}\n", *(_section(name, load_method(name)) for name in METHODS)]
+    )
+
+
+def _section(name: str, method: type[Method]) -> str:
+    card = method.card
+    points = {
+        "Use it when": card.use_when,
+        "It fails when": card.fails_when,
+        "Differs": card.differs,
+        "Source": card.source,
+        PRESET: preset_of(method),
+        "Note": notes_of(method),
+    }
+    told = "\n".join(f"- **{point}**: {text}" for point, text in points.items() if text)
+    section = f"## `{name}`: {card.title}\n\n{card.idea}\n\n{told}\n"
+    rows = [[f"`--{f.name}`", default_of(f), f.metadata["help"]] for f in fields(method)]
+    return section + (f"\n{table(['flag', 'default', ''], rows)}\n" if rows else "")
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; a bar in a cell is no border."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(
+        f"| {' | '.join(one.replace('|', '&#124;') for one in line)} |" for line in lines
+    )
+
+
+def with_table(readme: str) -> str:
+    """The README with the table between its marks."""
+    before, rest = readme.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return f"{before}{MARKS[0]}\n{readme_table()}\n{MARKS[1]}{after}"
 
 
 def main() -> None:
@@ -120,12 +145,9 @@ def main() -> None:
     from pathlib import Path
 
     root = Path(__file__).parents[2]
+    readme = root / "README.md"
     (root / "docs" / "methods.md").write_text(docs_page())
-    readme = (root / "README.md").read_text()
-    before, rest = readme.split("<!-- methods -->")
-    after = rest.split("<!-- /methods -->")[1]
-    marked = f"<!-- methods -->\n{readme_table()}\n<!-- /methods -->"
-    (root / "README.md").write_text(before + marked + after)
+    readme.write_text(with_table(readme.read_text()))
 
 
 if __name__ == "__main__":
