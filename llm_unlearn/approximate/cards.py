@@ -75,6 +75,7 @@ def notes_of(method: type[Method]) -> str:
     """What it needs and is; empty where there is nothing to say."""
     told = [] if method.uses_retain else ["needs no retain data"]
     told += ["works on weights that are there (--full, or a given adapter)"] * method.needs_weights
+    told += ["needs --full"] * method.needs_full
     told += ["suppresses, does not remove"] * method.is_suppression
     return "; ".join(told)
 

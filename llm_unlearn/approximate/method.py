@@ -65,6 +65,7 @@ class Method:
             come along in a seeded order.
         trains: whether anything is trained by gradients (`terms`) at all.
         needs_weights: works on weights that are there, so a fresh LoRA is of no use to it.
+        needs_full: works on the model's own weights, so no LoRA is of use to it.
         is_suppression: what it writes hides knowledge that the weights still hold.
     """
 
@@ -74,6 +75,7 @@ class Method:
     anchor: ClassVar[str] = "forget"
     trains: ClassVar[bool] = True
     needs_weights: ClassVar[bool] = False
+    needs_full: ClassVar[bool] = False
     is_suppression: ClassVar[bool] = False
 
     def start_from(self, model: Any) -> Any:

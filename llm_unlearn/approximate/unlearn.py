@@ -198,6 +198,10 @@ def _work(config: UnlearningConfig) -> Path:
 def _tuned(model: Any, config: UnlearningConfig, method: Method, lora: LoraConfig | None) -> Tuned:
     from peft import PeftModel
 
+    if method.needs_full and not config.full:
+        raise UserError(
+            f"{config.method} changes the model's own weights: say --full (an adapter is merged first)"
+        )
     if method.needs_weights and not config.full and not isinstance(model, PeftModel):
         raise UserError(
             f"{config.method} changes weights that are there, and a fresh LoRA holds none: say --full, "

@@ -123,14 +123,18 @@ class _Row:
         return Done(_loader(path), time.monotonic() - start)
 
     def _measure_exact(self) -> None:
-        """Train on everybody, delete; the reference is a run that never had the deleted."""
+        """Train on everybody, delete, rebuild what is missing (of experts nothing is); the reference
+        is a run that never had the deleted.
+        """
         world = self.benchmark.world
-        subjects = sorted({record.subject for record in world.forget})
         everybody = self._run("trained", [*world.forget, *world.retain])
-        start = time.monotonic()
-        if not everybody.directory.ledger.requests():
-            everybody.delete(subjects)
-        seconds = time.monotonic() - start
+        timing, start = everybody.path.parent / "seconds.json", time.monotonic()
+        if not timing.exists():
+            if not everybody.directory.ledger.requests():
+                everybody.delete(sorted({record.subject for record in world.forget}))
+            everybody.rebuild()
+            files.write_bytes(timing, json.dumps(time.monotonic() - start).encode())
+        seconds = json.loads(timing.read_bytes())
         twin = self._run("without", world.retain)
         session, others = self._session(), {}
         others[RETRAINED] = session.evaluate(Candidate(RETRAINED, _of_run(twin)), RETRAINED)

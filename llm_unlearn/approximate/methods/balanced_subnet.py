@@ -75,7 +75,7 @@ class BalancedSubnet(Method):
         lr_scheduler_type="constant", num_train_epochs=5.0, per_device_train_batch_size=32,
         gradient_accumulation_steps=1, max_grad_norm=0.0,
     )  # fmt: skip
-    needs_weights = True
+    needs_full = True
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -89,10 +89,6 @@ class BalancedSubnet(Method):
 
         from llm_unlearn.approximate.tuning import Tuned
 
-        if session.tuned.is_adapter:
-            raise UserError(
-                "balanced_subnet drops weights: say --full (an adapter is merged first)"
-            )
         model, wanted = session.model, session.tuned.trainable
         generator = torch.Generator().manual_seed(session.config.seed)
         self._masked: list[Any] = []
