@@ -49,11 +49,12 @@ FLAGS = {
 FINE_TUNING: dict[str, Any] = {
     "learning_rate": 2e-3, "num_train_epochs": 20, "per_device_train_batch_size": 24,
     "gradient_accumulation_steps": 1, "warmup_steps": 5, "lr_scheduler_type": "cosine",
-    "weight_decay": 0.0, "max_length": 64, "save_strategy": "no",
+    "weight_decay": 0.0, "max_length": 64, "save_strategy": "no", "num_threads": 1,
 }  # fmt: skip
 UNLEARNING: dict[str, Any] = {
     "learning_rate": 1e-3, "num_train_epochs": 20, "per_device_train_batch_size": 24,
     "gradient_accumulation_steps": 1, "warmup_steps": 3, "max_length": 64, "save_strategy": "no",
+    "num_threads": 1,
 }  # fmt: skip
 # By method: training flags that differ, and the method's own flags. They were chosen by what was still known
 # (exact match) under another seed than the leaderboard's; GA, GradDiff, KL, NPO and SimNPO share one budget.

@@ -68,6 +68,10 @@ class UnlearningConfig(TrainingArguments):
     keep: str = field(
         default="last", metadata={"help": "Which state is written: last, or best (evaluated)."}
     )
+    num_threads: int | None = field(
+        default=None,
+        metadata={"help": "CPU threads of every process; equal bits need equal ones (torch's)."},
+    )
     save_strategy: str = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default="epoch", metadata={"help": "epoch: an interrupted run goes on from there; or no."}
     )
@@ -129,5 +133,7 @@ class UnlearningConfig(TrainingArguments):
             )
         if not self.learning_rate > 0 or self.num_train_epochs <= 0 or self.max_length < 2:
             raise UserError("--learning_rate, --num_train_epochs and --max_length are above 0")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise UserError(f"--num_threads must be at least 1, got {self.num_threads}")
         if self.retain_projection is not None and not 0 < self.retain_projection < 1:
             raise UserError("--retain_projection is a part of the variance, between 0 and 1")

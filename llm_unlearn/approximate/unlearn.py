@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
@@ -177,6 +178,8 @@ def prepare(
         The session, and where the result goes.
     """
     check_sets(forget, retain, method.uses_retain)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     set_seed(config.seed)
     output, work = Path(str(config.output_dir)), _work(config)
     tuned = _tuned(model, config, method, lora)
@@ -338,7 +341,7 @@ def _claim(work: Path, described: dict[str, Any]) -> None:
 
 def _training_flags(config: UnlearningConfig) -> dict[str, Any]:
     """What decides the result, as resolved from flags, preset and defaults."""
-    wanted = [*COMMON, "seed", "full", "trainable", "max_length", "completion_only_loss", "bf16", "fp16",
+    wanted = [*COMMON, "seed", "num_threads", "full", "trainable", "max_length", "completion_only_loss", "bf16", "fp16",
               "retain_projection", "stop_samples", "stop_when", "utility_floor", "keep"]  # fmt: skip
     values = {name: getattr(config, name) for name in wanted}
     return json.loads(json.dumps(values, default=str))
