@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from llm_unlearn.approximate.arguments import UnlearningConfig
     from llm_unlearn.approximate.method import Method
-    from llm_unlearn.approximate.unlearn import Report, Watching
+    from llm_unlearn.approximate.result import Report
+    from llm_unlearn.approximate.unlearn import Watching
     from llm_unlearn.approximate.watch import Standing
     from llm_unlearn.evaluation.harness import Session as Evaluating
     from llm_unlearn.evaluation.results import Evaluation
@@ -281,7 +282,7 @@ def answer_requests(
 
 def _check_output(output: Path, sources: Sequence[str]) -> None:
     """A model that is there is not written over, unless it is an earlier result."""
-    from llm_unlearn.approximate.unlearn import REPORT_NAME
+    from llm_unlearn.approximate.result import REPORT_NAME
 
     if any(Path(one).exists() and Path(one).resolve() == output.resolve() for one in sources):
         raise UserError(f"{output} holds the model that is to forget: choose another --output_dir")

@@ -48,7 +48,8 @@ def fine_tune(
     Returns:
         `config.output_dir`: an ordinary adapter or model with its tokenizer, without checkpoints.
     """
-    from llm_unlearn.approximate.unlearn import prepare, save_result, train
+    from llm_unlearn.approximate.result import save_result
+    from llm_unlearn.approximate.unlearn import prepare, train
 
     session, output = prepare(model, tokenizer, records, (), config, Learning(), lora)
     train(session, Learning(), None, on_step)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from llm_unlearn.approximate.method import Method
 
 if TYPE_CHECKING:
-    from llm_unlearn.approximate.unlearn import Report
+    from llm_unlearn.approximate.result import Report
 
 NO_GUARANTEE = (
     "**This carries no guarantee.** The method is approximate: it lowers the measured knowledge of the "

@@ -15,7 +15,8 @@ from trl import ModelConfig, TrlParser
 from llm_unlearn import files
 from llm_unlearn.approximate.arguments import UnlearningConfig
 from llm_unlearn.approximate.fine_tuning import fine_tune
-from llm_unlearn.approximate.unlearn import REPORT_NAME, make_method, unlearn
+from llm_unlearn.approximate.result import REPORT_NAME
+from llm_unlearn.approximate.unlearn import make_method, unlearn
 from llm_unlearn.data.partition import PartitionKey
 from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.evaluation.attacks.battery import Battery, Settings
