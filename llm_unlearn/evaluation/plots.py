@@ -25,6 +25,7 @@ Format = Literal["svg", "png"]
 INK, FAINT, PAPER = "#22262b", "#d9dde2", "#ffffff"
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
 SKY, VERMILION, GREY = "#56b4e9", "#d55e00", "#6b7280"
+MOST_IN_LEGEND = 14  # models; with more, names stand at their points
 ROLES = {"before": ORANGE, "model": BLUE, "retrained": GREY}
 HATCHES = {"before": "///", "model": "", "retrained": "..."}
 SERIES = (BLUE, VERMILION, GREEN, PURPLE, SKY)
@@ -218,7 +219,8 @@ def tradeoff_plot(plane: tradeoff.Tradeoff, form: Format = "svg") -> bytes | Non
     if not plane.points:
         return None
     with styled():
-        figure = new_figure(8.2, 4.8)
+        is_crowded = len(plane.points) > MOST_IN_LEGEND
+        figure = new_figure(*((11.0, 7.0) if is_crowded else (8.2, 4.8)))
         axes = figure.subplots()
         models = 0
         names = shorten_all([point.label for point in plane.points])
@@ -226,6 +228,9 @@ def tradeoff_plot(plane: tradeoff.Tradeoff, form: Format = "svg") -> bytes | Non
             # The stars and rings are see-through where another point lies below them.
             axes.scatter(point.x, point.y, label=_literal(name), **_look(point, models))
             models += point.role not in ROLES or point.role == "model"
+            if is_crowded:
+                place = {"xytext": (5, 4), "textcoords": "offset points", "size": 7}
+                axes.annotate(_literal(name), (point.x, point.y), **place)
         front = sorted((p for p in plane.points if p.on_front), key=lambda p: p.x)
         if len([p for p in plane.points if p.role == "model"]) > 1:
             _draw_front(axes, front)
@@ -242,7 +247,8 @@ def tradeoff_plot(plane: tradeoff.Tradeoff, form: Format = "svg") -> bytes | Non
         else:
             axes.set_xlim(max(0.05, *(1.15 * p.x for p in plane.points)), 0)
             axes.set_xlim(right=-0.04 * axes.get_xlim()[0])
-        figure.legend(loc="outside right upper", labelspacing=0.9)
+        if not is_crowded:
+            figure.legend(loc="outside right upper", labelspacing=0.9)
         return to_bytes(figure, form)
 
 
