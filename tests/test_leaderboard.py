@@ -36,7 +36,7 @@ main = load_recipe("benchmark")
 TOFU = {
     # metric: (value, lower, upper) of a model that is like the retrained one
     "forget_quality": (0.3, NAN, NAN),
-    "privleak": (-8.0, -15.0, -1.0),  # on a scale of 100
+    "privleak": (-4.0, -15.0, 1.0),  # on a scale of 100
     "model_utility": (0.60, 0.55, 0.65),
     AREA: (0.02, NAN, NAN),
 }
@@ -70,10 +70,9 @@ NEARLY: list[tuple[str, tuple[float, float, float], bool | None]] = [
     ("forget_quality", (0.0499, NAN, NAN), False),
     ("forget_quality", (NAN, NAN, NAN), None),
     # The interval, not the value, must meet [-5 %, 5 %].
-    ("privleak", (-8.0, -11.0, -5.0), True),
-    ("privleak", (-8.0, -10.9, -5.1), False),
-    ("privleak", (9.0, 5.0, 13.0), True),
-    ("privleak", (9.0, 5.1, 12.9), False),
+    ("privleak", (-8.0, -11.0, -5.0), False),
+    ("privleak", (76.0, -2.0, 154.0), False),
+    ("privleak", (-4.9, -11.0, 1.0), True),
     ("privleak", (0.0, -60.0, 60.0), True),
     ("privleak", (5.0, NAN, NAN), True),
     ("privleak", (-5.1, NAN, NAN), False),
@@ -220,7 +219,7 @@ def test_files_hold_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "data:image/" in html
     print_leaderboard(board, print_table)
     shown = capsys.readouterr().out
-    for told in ("simnpo", "-8.0 %", "0.25×", "4 of 4", "0.01×"):
+    for told in ("simnpo", "-4.0 %", "0.25×", "4 of 4", "0.01×"):
         assert told in html and told in shown
     assert "nan" not in shown
 
@@ -392,12 +391,13 @@ def test_an_exact_row_is_held_against_a_run_that_never_had_them(
         shape = SimpleNamespace(name_or_path="base")
         asked.append((name, len(records)))
         return SimpleNamespace(
-            directory=SimpleNamespace(ledger=ledger, shape=shape), delete=asked.append, ensemble=lambda: name
+            directory=SimpleNamespace(ledger=ledger, shape=shape), delete=asked.append, path=tmp_path / "run",
+            rebuild=lambda: asked.append("rebuilt"), ensemble=lambda: name,
         )  # fmt: skip
 
     monkeypatch.setattr(running._Row, "_run", fake_run)
     assert run(made, lambda _: None) == []
-    assert asked == [("trained", 6), ["person 0", "person 1"], ("without", 4)]
+    assert asked == [("trained", 6), ["person 0", "person 1"], "rebuilt", ("without", 4)]
     assert loop.held["exact (experts)"] == [RETRAINED, BEFORE]
     assert read_results(made.result("exact (experts)", 0)).model.values[AREA].value == 0
 
