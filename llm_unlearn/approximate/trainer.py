@@ -6,7 +6,6 @@ processes changes what a step does, beyond rounding.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -263,9 +262,3 @@ def last_checkpoint(directory: Path) -> Path | None:
     """The newest whole checkpoint, if any."""
     found = [p for p in directory.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-
-
-def mean_of(history: list[dict[str, float]], name: str, last: int) -> float:
-    """Mean of a term over the last steps that have it; NaN where none has."""
-    values = [step[name] for step in history if name in step][-last:]
-    return sum(values) / len(values) if values else math.nan

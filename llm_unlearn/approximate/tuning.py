@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llm_unlearn.decoder import find_decoder_layers
 from llm_unlearn.errors import UserError
 
 ADAPTER = "default"
@@ -144,33 +145,14 @@ def _fresh(model: Any, lora: LoraConfig, trainable: str | None, seed: int) -> Pe
             raise UserError(f"cannot put a LoRA on the model: {error}") from None
 
 
-def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Name (as in the model without an adapter) and list of the decoder layers.
-
-    Raises:
-        UserError: there is no such list, or more than one.
-    """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    found = [
-        (name.removeprefix("base_model.model."), module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if len(found) != 1:
-        raise UserError(
-            f"{type(model).__name__} has {len(found)} lists of {count} decoder layers, not one: "
-            "name the modules to train with --trainable"
-        )
-    return found[0]
-
-
 def last_projections(model: Any, indices: Sequence[int]) -> str:
     """Regular expression of what some decoder layers write last (Llama: `mlp.down_proj`, GPT-2:
     `mlp.c_proj`); of all there is in those layers where the model has an adapter that is not on it.
 
     A layer's index is matched as a whole: 1 is not the beginning of 10.
     """
-    name, layers = decoder_layers(model)
+    name, layers = find_decoder_layers(model)
+    name = name.removeprefix("base_model.model.")  # an adapter stands around it
     matrices = [n for n, p in layers[indices[0]].named_parameters() if p.dim() > 1]
     last = re.split(r"\.(?:base_layer|lora_\w+|weight)\b", matrices[-1])[0]
     has_factors = any(n.startswith(f"{last}.lora_") for n in matrices)

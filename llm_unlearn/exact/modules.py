@@ -1,4 +1,4 @@
-"""What a causal language model is made of: its decoder layers, their linear modules, its digest."""
+"""What a causal language model is made of: the linear modules of its decoder layers, its digest."""
 
 from pathlib import Path
 from typing import Any
@@ -7,33 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from llm_unlearn.decoder import find_decoder_layers
 from llm_unlearn.digests import tensors_digest, tokenizer_digest
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.config import ModelShape, Module
-
-
-def find_decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers of any Hugging Face causal language model.
-
-    It is the one `nn.ModuleList` below the model whose length is the configured number of layers.
-    Layers are addressed by their parsed index in it, never by a part of their name ("layers.1" is
-    also the beginning of "layers.10").
-
-    Raises:
-        UserError: there is no such list, or more than one.
-    """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if len(found) != 1:
-        raise UserError(
-            f"{type(model).__name__}: expected one list of {count} decoder layers, found "
-            f"{[name for name, _ in found]}. This model family is not supported"
-        )
-    return found[0]
 
 
 def find_linear_modules(model: Any, targets: list[str] | None) -> list[Module]:

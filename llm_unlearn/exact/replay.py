@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import nn
 
 from llm_unlearn import files
-from llm_unlearn.exact.modules import find_decoder_layers
+from llm_unlearn.decoder import find_decoder_layers
 
 
 class _Captured(Exception):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from peft import PeftModel
 
+from llm_unlearn.decoder import find_decoder_layers
 from llm_unlearn.errors import UserError
-from llm_unlearn.exact.modules import find_decoder_layers, find_linear_modules
+from llm_unlearn.exact.modules import find_linear_modules
 from llm_unlearn.exact.replay import capture, replay, returns_tuple
 from tests.tiny import (
     FAMILIES,

@@ -65,9 +65,10 @@ class EUL(Method):
 
     def trainable(self, model: Any) -> str | None:
         """The output projections of all feed-forward blocks."""
-        from llm_unlearn.approximate.tuning import decoder_layers, last_projections
+        from llm_unlearn.approximate.tuning import last_projections
+        from llm_unlearn.decoder import find_decoder_layers
 
-        return last_projections(model, range(len(decoder_layers(model)[1])))
+        return last_projections(model, range(len(find_decoder_layers(model)[1])))
 
     def needs(self) -> Mapping[str, set[str]]:
         return {"forget": {DISTRIBUTIONS}, "retain": {DISTRIBUTIONS}}

@@ -75,18 +75,19 @@ class RMU(Method):
         return layer
 
     def trainable(self, model: Any) -> str:
-        from llm_unlearn.approximate.tuning import decoder_layers, last_projections
+        from llm_unlearn.approximate.tuning import last_projections
+        from llm_unlearn.decoder import find_decoder_layers
 
-        layer = self._choose_layer(len(decoder_layers(model)[1]))
+        layer = self._choose_layer(len(find_decoder_layers(model)[1]))
         return last_projections(model, range(max(0, layer - 2), layer + 1))
 
     def needs(self) -> Mapping[str, set[str]]:
         return {"retain": {HIDDEN}} if self.retain_weight != 0 else {}
 
     def prepare(self, session: Session) -> None:
-        from llm_unlearn.approximate.tuning import decoder_layers
+        from llm_unlearn.decoder import find_decoder_layers
 
-        self._layer = self._choose_layer(len(decoder_layers(session.model)[1]))
+        self._layer = self._choose_layer(len(find_decoder_layers(session.model)[1]))
         width = session.model.config.get_text_config(decoder=True).hidden_size
         self._direction = draw_direction(width, session.config.seed)
         session.notes.append(f"hidden states of decoder layer {self._layer} are steered")
