@@ -1,0 +1,35 @@
+"""The application, and what its commands share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llm_unlearn import console
+
+if TYPE_CHECKING:
+    from llm_unlearn.exact.run import S3TRun
+
+MOST_SHARDS = 20  # that are shown one by one
+
+app = typer.Typer(
+    help="Exact unlearning: plan, delete, rebuild and verify runs made by recipes/s3t.py; compare evaluations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def open_run(path: Path) -> "S3TRun":
+    from llm_unlearn.exact.run import S3TRun
+
+    return S3TRun.open(path)
+
+
+def rebuild_run(opened: "S3TRun", quiet: bool) -> int:
+    """Train what is missing behind a progress bar; returns how many nodes were."""
+    with console.training_progress(enabled=not quiet) as progress:
+        return opened.rebuild(progress).trained  # pyright: ignore[reportArgumentType]
