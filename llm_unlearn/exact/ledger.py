@@ -9,7 +9,7 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ requests = sql.Table(
     "requests",
     metadata,
     sql.Column("id", sql.String, primary_key=True),
+    sql.Column("idempotency", sql.String, unique=True),
     sql.Column("acknowledged_at", sql.Float, nullable=False),
     sql.Column("finished_at", sql.Float),
     sql.Column("details", sql.Text, nullable=False),
@@ -51,6 +52,8 @@ events = sql.Table(
     sql.Column("digest", sql.String, nullable=False),
 )
 
+COLUMNS = tuple(column.name for column in events.columns)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -65,19 +68,41 @@ class Target:
 
 @dataclass(frozen=True)
 class Request:
-    """An acknowledged deletion request; finished when nothing served depends on its targets.
+    """A deletion or a correction; finished when nothing served depends on its targets.
 
     Attributes:
         nodes: keys of the trained nodes that depended on the targets.
         served_before: digest of what was served when the request was acknowledged.
+        kind: `delete`, or `correct`: a record goes and another comes in its place.
+        inserted: where the records of a correction go, by the pseudonyms of their ids.
+        reason: words of whoever asked; nobody's name.
+        deadline: seconds since the epoch by which it must be carried out.
+        idempotency: pseudonym of the key under which it was asked for.
+        asked_for: pseudonyms of what was asked for under it.
+        acknowledged_at: None for one that is not in the ledger yet.
     """
 
     id: str
-    acknowledged_at: float
-    finished_at: float | None
     targets: tuple[Target, ...]
     nodes: tuple[str, ...]
     served_before: str | None
+    kind: str = "delete"
+    inserted: tuple[Target, ...] = ()
+    reason: str | None = None
+    deadline: float | None = None
+    idempotency: str | None = None
+    asked_for: tuple[str, ...] = ()
+    acknowledged_at: float | None = None
+    finished_at: float | None = None
+
+    def to_details(self) -> str:
+        """What the ledger keeps of it and its chain covers, as JSON."""
+        told = vars(self) | {
+            "targets": [vars(target) for target in self.targets],
+            "inserted": [vars(target) for target in self.inserted],
+        }
+        moments = ("acknowledged_at", "finished_at")
+        return canonical({name: told[name] for name in told if name not in moments}).decode()
 
 
 @dataclass(frozen=True)
@@ -132,66 +157,79 @@ class Ledger:
         with self._transaction() as connection:
             metadata.create_all(connection)
 
-    def acknowledge(
-        self, request_id: str, targets: list[Target], nodes: list[str], served_before: str | None
-    ) -> None:
-        """Write a request, all of it or nothing. When this returns, it is on disk.
+    def acknowledge(self, *asked: Request) -> None:
+        """Write requests, all of them or nothing. When this returns, they are on disk.
 
         Raises:
             RunError: a target was deleted before, or is named twice in one slice.
         """
-        if len(set(targets)) < len(targets):
-            raise RunError(f"request {request_id} names a target twice: nothing was acknowledged")
-        details = {
-            "targets": [vars(t) for t in targets],
-            "nodes": nodes,
-            "served_before": served_before,
-        }
-        text = canonical(details).decode()
+        for request in asked:
+            if len(set(request.targets)) < len(request.targets):
+                raise RunError(
+                    f"request {request.id} names a target twice: nothing was acknowledged"
+                )
+        moment = time.time()
+        texts = {request.id: request.to_details() for request in asked}
+        rows = [
+            {
+                "id": request.id,
+                "idempotency": request.idempotency,
+                "acknowledged_at": moment,
+                "details": texts[request.id],
+            }
+            for request in asked
+        ]
+        stones = [
+            {"pseudonym": pseudonym, "request": request.id}
+            for request in asked
+            for pseudonym in dict.fromkeys(target.pseudonym for target in request.targets)
+        ]
+        payloads = [{"request": name, "details": digest(text)} for name, text in texts.items()]
         with self._transaction() as connection:
-            connection.execute(
-                requests.insert().values(id=request_id, acknowledged_at=time.time(), details=text)
-            )
-            connection.execute(
-                tombstones.insert(),
-                [
-                    {"pseudonym": pseudonym, "request": request_id}
-                    for pseudonym in dict.fromkeys(target.pseudonym for target in targets)
-                ],
-            )
-            self._append(connection, "request", {"request": request_id, "details": digest(text)})
+            connection.execute(requests.insert(), rows)
+            connection.execute(tombstones.insert(), stones)
+            self._append(connection, "request", payloads)
         self._remember_head()
 
-    def finish(self, request_id: str, payload: Mapping[str, Any]) -> None:
-        """Mark a request as carried out, and log what was done for it."""
+    def finish(self, done: Mapping[str, Mapping[str, Any]]) -> None:
+        """Mark requests as carried out, and log what was done for each.
+
+        Args:
+            done: by the request's id, what the log says of it.
+        """
+        moment = time.time()
+        payloads = [{"request": name, **payload} for name, payload in done.items()]
         with self._transaction() as connection:
             connection.execute(
-                requests.update().where(requests.c.id == request_id).values(finished_at=time.time())
+                requests.update()
+                .where(requests.c.id == sql.bindparam("request"))
+                .values(finished_at=moment),
+                [{"request": name} for name in done],
             )
-            self._append(connection, "deleted", {"request": request_id, **payload})
+            self._append(connection, "deleted", payloads)
         self._remember_head()
 
     def append(self, kind: str, payload: Mapping[str, Any]) -> None:
         with self._transaction() as connection:
-            self._append(connection, kind, payload)
+            self._append(connection, kind, [payload])
         self._remember_head()
 
-    def _append(self, connection: sql.Connection, kind: str, payload: Mapping[str, Any]) -> None:
+    def _append(
+        self, connection: sql.Connection, kind: str, payloads: Sequence[Mapping[str, Any]]
+    ) -> None:
         last = connection.execute(
             sql.select(events).order_by(events.c.sequence.desc()).limit(1)
         ).first()
         sequence, previous = (last.sequence + 1, last.digest) if last else (0, GENESIS)
-        moment, text = time.time(), canonical(payload).decode()
-        connection.execute(
-            events.insert().values(
-                sequence=sequence,
-                time=moment,
-                kind=kind,
-                payload=text,
-                previous=previous,
-                digest=event_digest(sequence, moment, kind, text, previous),
+        rows, moment = [], time.time()
+        for payload in payloads:
+            text = canonical(payload).decode()
+            made = event_digest(sequence, moment, kind, text, previous)
+            rows.append(
+                dict(zip(COLUMNS, (sequence, moment, kind, text, previous, made), strict=True))
             )
-        )
+            sequence, previous = sequence + 1, made
+        connection.execute(events.insert(), rows)
 
     def _remember_head(self) -> None:
         with self._transaction() as connection:
@@ -207,10 +245,17 @@ class Ledger:
             query = query.where(requests.c.finished_at.is_(None))
         with self._transaction() as connection:
             rows = connection.execute(query).all()
-        return [
-            _request(row.id, row.acknowledged_at, row.finished_at, json.loads(row.details))
-            for row in rows
-        ]
+        return [_request(row) for row in rows]
+
+    def asked_under(self, keys: Sequence[str]) -> dict[str, Request]:
+        """The requests that were asked for under these pseudonyms of idempotency keys."""
+        found: list[sql.Row] = []
+        with self._transaction() as connection:
+            for start in range(0, len(keys), 500):
+                part = keys[start : start + 500]
+                query = sql.select(requests).where(requests.c.idempotency.in_(part))
+                found += connection.execute(query).all()
+        return {row.idempotency: _request(row) for row in found}
 
     def deleted(self, pseudonyms: list[str]) -> set[str]:
         """Those of the pseudonyms that have a tombstone."""
@@ -293,13 +338,13 @@ class Ledger:
         )
 
 
-def _request(
-    identity: str, acknowledged: float, finished: float | None, details: dict[str, Any]
-) -> Request:
-    targets = tuple(Target(**target) for target in details["targets"])
-    return Request(
-        identity, acknowledged, finished, targets, tuple(details["nodes"]), details["served_before"]
-    )
+def _request(row: sql.Row) -> Request:
+    details = json.loads(row.details)
+    for name in ("targets", "inserted"):
+        details[name] = tuple(Target(**target) for target in details[name])
+    for name in ("nodes", "asked_for"):
+        details[name] = tuple(details[name])
+    return Request(**details, acknowledged_at=row.acknowledged_at, finished_at=row.finished_at)
 
 
 def _durable_sqlite(connection: sqlite3.Connection, _record: object) -> None:
