@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,3 +27,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_model("llama").save_pretrained(path)
     make_tiny_tokenizer().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def without_fsync() -> Iterator[None]:
+    """Waiting for the disk would be most of the time, and these tests do not cut the power."""
+    original, os.fsync = os.fsync, lambda _descriptor: None
+    yield
+    os.fsync = original
