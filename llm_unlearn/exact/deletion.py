@@ -311,7 +311,21 @@ def _change_records(run: RunDirectory, pending: Sequence[Request]) -> dict[Slice
             inserted[SliceName(target.shard, target.slice)].append(record)
     for name in sorted(tombstones.keys() | inserted.keys()):
         run.slices.rewrite(name, tombstones[name], inserted[name])
-    return {name: run.slices.count_of(name, gone) for name, gone in tombstones.items()}
+    return count_remaining(run, pending)
+
+
+def count_remaining(run: RunDirectory, requests: Sequence[Request]) -> dict[SliceName, int]:
+    """By slice, how many records are there that some requests have deleted."""
+    gone: dict[SliceName, dict[str, set[str]]] = defaultdict(
+        lambda: {"subject": set(), "record": set()}
+    )
+    for request in requests:
+        for target in request.targets:
+            gone[SliceName(target.shard, target.slice)][target.kind].add(target.pseudonym)
+    return {
+        name: run.slices.count_of(name, kinds["subject"], kinds["record"])
+        for name, kinds in gone.items()
+    }
 
 
 def _certify(run: RunDirectory, pending: Sequence[Request], outcome: Outcome) -> None:
@@ -354,16 +368,12 @@ def renew(
                 f"{run.path} knows no request {missing[0]!r}: `llm-unlearn report` lists them"
             )
         chosen = [known[name] for name in request_ids]
-        gone: dict[SliceName, set[str]] = defaultdict(set)
-        for request in chosen:
-            for target in request.targets:
-                gone[SliceName(target.shard, target.slice)].add(target.pseudonym)
         outcome = Outcome(
             wanted=frozenset(run.wanted()),
             served_nodes=tuple(outside.nodes_served(run)),
             depths=depths_served(run),
             purged={},
-            remaining={name: run.slices.count_of(name, stones) for name, stones in gone.items()},
+            remaining=count_remaining(run, chosen),
         )
         certifier = Certifier(run, outcome, replayed)
         signed = {request.id: certifier.certificate(request) for request in chosen}
