@@ -3,7 +3,8 @@
     RUN/run.json            configuration and base model, written once and last
     RUN/secret.key          the partition key, mode 0600
     RUN/keys.safetensors    the public keys of LegoNet, where they place the records
-    RUN/ledger.sqlite       requests, tombstones, events; ledger.head remembers the chain's end
+    RUN/ledger.sqlite       requests, tombstones, events; or ledger.url, which says on what server
+    RUN/ledger.head         remembers the end of the ledger's chain; ledger.lock guards it
     RUN/records/            the records, slice by slice, and those of the permanent core
     RUN/nodes/<key>/        adapter_model.safetensors and manifest.json of one trained block, and
                             words.safetensors, by which prompts find their subjects
@@ -30,6 +31,7 @@ from llm_unlearn.exact.adapters import WEIGHTS_NAME, Tensors, file_digest, load_
 from llm_unlearn.exact.blocks import Block, make_blocks
 from llm_unlearn.exact.config import ModelShape, RunConfig
 from llm_unlearn.exact.ledger import Ledger
+from llm_unlearn.exact.postgresql import ADDRESS_NAME
 from llm_unlearn.exact.slices import Placement, SliceStore
 from llm_unlearn.exact.trie import Node, core_node, wanted_paths
 
@@ -38,7 +40,8 @@ MANIFEST_NAME = "manifest.json"
 WORDS_NAME = "words.safetensors"
 KEYS_NAME = "keys.safetensors"
 OWN_ENTRIES = (
-    "run.json", "secret.key", KEYS_NAME, "ledger.sqlite", "ledger.sqlite-journal", "ledger.head", "records", "nodes",
+    "run.json", "secret.key", KEYS_NAME, "ledger.sqlite", "ledger.sqlite-journal", "ledger.url", "ledger.head",
+    "ledger.head.part", "ledger.lock", "records", "nodes",
     "served", "generations", "cache", "trainer", "certificates", "state.lock", "train.lock",
 )  # fmt: skip
 
@@ -164,7 +167,7 @@ class RunDirectory:
                 raise RunError(
                     f"{path} was written by another version of the format ({description['version']})"
                 )
-            if not (path / "ledger.sqlite").is_file():
+            if not any((path / name).is_file() for name in ("ledger.sqlite", ADDRESS_NAME)):
                 raise RunError(f"{path}/ledger.sqlite is missing: restore it from a backup")
             return cls(path, description, PartitionKey((path / "secret.key").read_bytes()))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -281,7 +284,7 @@ class RunDirectory:
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(f"sqlite:///{self.path / 'ledger.sqlite'}", self.path / "ledger.head")
+        return Ledger.of(self.path)
 
     @cached_property
     def identity(self) -> str:

@@ -53,7 +53,7 @@ class Check:
 
 def check_ledger(run: RunDirectory) -> Check:
     """The hash chain is whole, nothing was cut off its end, and no request is left half done."""
-    check = Check("ledger", examined=len(run.ledger.events()), problems=run.ledger.check_chain())
+    check = Check("ledger", examined=run.ledger.count(), problems=run.ledger.check_chain())
     check.problems += [
         f"request {request.id} was acknowledged but not carried out: run `llm-unlearn delete` or `rebuild`"
         for request in run.ledger.requests(pending=True)

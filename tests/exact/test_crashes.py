@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from llm_unlearn import files
+from llm_unlearn.exact import ledger
 from llm_unlearn.exact.ledger import Ledger
 from llm_unlearn.exact.run import S3TRun
 from tests.exact.methods import METHODS
@@ -82,7 +83,7 @@ def kill_at(point: int) -> None:
         (os, "replace"), (os, "rename"), (os, "symlink"), (os, "link"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
         (files, "write_bytes"), (files, "remove"), (files, "publish_link"), (files, "publish_directory"),
         (Path, "write_bytes"), (Path, "rename"), (Path, "unlink"), (Ledger, "acknowledge"), (Ledger, "finish"),
-        (Ledger, "append"), (Ledger, "_remember_head"),
+        (Ledger, "append"), (ledger, "advance_head"),
     ]:  # fmt: skip
         wrap(owner, name)
 
