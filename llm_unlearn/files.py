@@ -4,7 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llm_unlearn.errors import RunError
@@ -29,6 +29,11 @@ def fsync(path: Path) -> None:
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replace `path` by `data`, durably. A full disk leaves the old file as it was."""
+    _write(path, data, mode)
+    fsync(path.parent)
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
     temporary = temporary_name(path)
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
@@ -39,7 +44,14 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    fsync(path.parent)
+
+
+def write_many(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Replace files of one directory, durably, with one wait for the list of their names."""
+    folder.mkdir(exist_ok=True)
+    for name, data in contents.items():
+        _write(folder / name, data, mode=0o600)
+    fsync(folder)
 
 
 def fsync_tree(path: Path) -> None:

@@ -17,6 +17,7 @@ from llm_unlearn.cli import app
 from llm_unlearn.console import exit_code_of
 from llm_unlearn.data.records import make_records
 from llm_unlearn.errors import RunError, UserError
+from llm_unlearn.exact.certificates import read_certificate
 from llm_unlearn.exact.run import S3TRun
 from tests.tiny import make_run, make_stub_run, stubbed_training, tiny_records, train_stub
 
@@ -93,7 +94,7 @@ def test_delete_prints_what_it_did(say: Say, run: Path) -> None:
     assert (code, error) == (0, "")
     assert "deleted 2 subjects (4 records)" in text and "nodes dropped" in text
     certificate = Path(text.split("certificate: ")[1].strip())
-    assert json.loads(certificate.read_bytes())["records_removed"] == 4
+    assert read_certificate(certificate)["predicate"]["records_removed"] == 4
     code, text, _ = say("status", run)
     assert "1 requests, 0 pending, 2 subjects deleted" in text
     assert f"to train what is missing: llm-unlearn rebuild {run}" in text

@@ -1,7 +1,5 @@
 """delete."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +20,10 @@ def delete(
         list[str] | None, typer.Option(help="Subject to delete; repeatable.")
     ] = None,
     from_file: Annotated[
-        Path | None, typer.Option(help='One subject a line, or JSON lines with "subject".')
+        Path | None,
+        typer.Option(
+            help="One subject a line, or JSON lines: subject, reason, deadline, idempotency_key."
+        ),
     ] = None,
     with_duplicates: Annotated[
         bool, typer.Option(help="Also delete other subjects' records with the same text.")
@@ -36,12 +37,17 @@ def delete(
     as_json: Json = False,
 ) -> None:
     """Delete subjects exactly, all or none: what is served afterwards never saw them."""
+    from llm_unlearn.exact.asks import Ask, read_asks
+
     opened = open_run(run)
-    subjects = [*(subject or []), *(_read_subjects(from_file) if from_file else [])]
-    done = opened.delete(subjects, with_duplicates, dry_run)
+    asks = [Ask(tuple(subject))] if subject else []
+    asks += read_asks(from_file) if from_file else []
+    if not asks:
+        raise UserError("name at least one subject to delete: --subject NAME, or --from-file FILE")
+    done = opened.delete_all(asks, with_duplicates, dry_run)
     trained = rebuild_run(opened, quiet=as_json) if rebuild and not dry_run else None
     if as_json:
-        console.print_json({**asdict(done), "dry_run": dry_run, "rebuilt_nodes": trained})
+        console.print_json({**done.to_dict(), "dry_run": dry_run, "rebuilt_nodes": trained})
         return
     _print_deletion(done, dry_run)
     if trained is not None:
@@ -56,7 +62,7 @@ def _print_deletion(done: "Deletion", dry_run: bool) -> None:
             f"would delete {done.subjects} subjects ({done.records} records) and drop "
             f"{done.nodes_removed} nodes; nothing was changed"
         )
-    elif done.request is not None:
+    elif done.requests:
         depths = ", ".join(f"shard {shard}: {depth}" for shard, depth in done.served.items())
         if len(done.served) > MOST_SHARDS:
             depths = f"{sum(done.served.values())} in {len(done.served)} shards"
@@ -64,7 +70,16 @@ def _print_deletion(done: "Deletion", dry_run: bool) -> None:
             f"deleted {done.subjects} subjects ({done.records} records) in {done.seconds:.2f} s: "
             f"{done.nodes_removed} nodes dropped; blocks served now: {depths or 'none'}"
         )
-        print(f"certificate: {done.certificate}")
+        many = f"{len(done.requests)} of them in certificates/"
+        print(f"certificate: {done.certificate or many}")
+    if repeated := sum(answer.state == "asked before" for answer in done.answers):
+        print(
+            f"{repeated} had been asked for under the same idempotency key; nothing was done twice"
+        )
+    for copy in done.outstanding_copies:
+        console.warn(
+            f"a copy outside holds deleted data: {copy.kind} {copy.place} (`llm-unlearn copies` lists them)"
+        )
     if done.core_records:
         console.warn(
             f"{done.core_records} records of theirs are in the permanent core and stay: nothing can be "
@@ -75,27 +90,3 @@ def _print_deletion(done: "Deletion", dry_run: bool) -> None:
             f"{done.copies_elsewhere} records of other subjects hold the same text and stay: they "
             "are theirs (a deletion with --with-duplicates takes those too; --dry-run shows it first)"
         )
-
-
-def _read_subjects(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    subjects = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if not line.lstrip().startswith("{"):
-            subjects.append(line.strip())
-            continue
-        try:
-            subject = json.loads(line)["subject"]
-            if subject is None:
-                raise ValueError("no subject")
-            subjects.append(str(subject))
-        except (ValueError, KeyError):
-            raise UserError(
-                f'{path}, line {number}: expected JSON with a "subject"; nothing was deleted'
-            ) from None
-    return subjects

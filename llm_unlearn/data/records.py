@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from llm_unlearn.errors import UserError
@@ -184,6 +185,25 @@ def _subject_namer(subject_column: str | None, rows_per_subject: int | None, col
     return name
 
 
+def _identity(base: bytes, repetition: int) -> str:
+    return hashlib.sha256(base + str(repetition).encode()).hexdigest()[:32]
+
+
+def make_record(row: Mapping[str, Any], subject: str, taken: Container[str] = ()) -> Record:
+    """One row as a record of a subject, with the id that `make_records` would give it.
+
+    Args:
+        taken: ids that it must not have: the next one that is free is taken.
+
+    Raises:
+        UserError: unknown columns or an empty text.
+    """
+    (made,) = make_records([{**row, "subject": subject}], subject_column="subject")
+    base = canonical([subject, made.content])
+    free = (name for name in (_identity(base, n) for n in count()) if name not in taken)
+    return replace(made, id=next(free))
+
+
 def make_records(
     rows: Sequence[Mapping[str, Any]],
     subject_column: str | None = None,
@@ -223,7 +243,7 @@ def make_records(
         subject = subject_of(row, index)
         _check_text(content, index)
         base = canonical([subject, content])
-        identity = hashlib.sha256(base + str(seen[base]).encode()).hexdigest()[:32]
+        identity = _identity(base, seen[base])
         seen[base] += 1
         records.append(Record(id=identity, subject=subject or identity, content=content))
     if empty:

@@ -177,10 +177,12 @@ def _check_tables(connection: sql.Connection, account: Account) -> list[str]:
     """Requests and tombstones must be those that the chain speaks of, in every cell."""
     held, finished, named = {}, {}, set()
     for row in connection.execute(sql.select(requests)):
-        held[row.id] = (row.acknowledged_at, _details_digest(row.details))
+        held[row.id] = (row.acknowledged_at, _details_digest(row))
         if row.finished_at is not None:
             finished[row.id] = row.finished_at
-        named |= {(pseudonym, row.id) for pseudonym in _named_in(row.details)}
+        if held[row.id] == account.acknowledged.get(row.id):
+            targets = json.loads(row.details)["targets"]
+            named |= {(target["pseudonym"], row.id) for target in targets}
     tombs = {tuple(row) for row in connection.execute(sql.select(tombstones))}
     problems = []
     if held != account.acknowledged:
@@ -194,13 +196,10 @@ def _check_tables(connection: sql.Connection, account: Account) -> list[str]:
     return problems
 
 
-def _details_digest(details: object) -> str | None:
-    return digest(details) if isinstance(details, str) else None
-
-
-def _named_in(details: object) -> set[str]:
-    """Pseudonyms of the targets of a request; none for details that are damaged, which is reported."""
+def _details_digest(row: Any) -> str | None:
+    """None if they are not what was written, or the column differs from what they say."""
     try:
-        return {target["pseudonym"] for target in json.loads(details)["targets"]}  # pyright: ignore
+        same = json.loads(row.details)["idempotency"] == row.idempotency
+        return digest(row.details) if same else None
     except (ValueError, KeyError, TypeError):
-        return set()
+        return None

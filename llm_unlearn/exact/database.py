@@ -28,6 +28,7 @@ requests = sql.Table(
     "requests",
     metadata,
     sql.Column("id", sql.String, primary_key=True),
+    sql.Column("idempotency", sql.String, unique=True),
     sql.Column("acknowledged_at", sql.Float, nullable=False),
     sql.Column("finished_at", sql.Float),
     sql.Column("details", sql.Text, nullable=False),

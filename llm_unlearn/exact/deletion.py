@@ -1,45 +1,60 @@
 """Deletion: acknowledge, drop what depended on the records, serve what is left, certify.
 
-The order makes a crash harmless at every point. The request is on disk before anything is
+The order makes a crash harmless at every point. The requests are on disk before anything is
 changed; each later step can be repeated; `settle` carries out whatever a crash left undone.
 """
 
-import json
+import hashlib
 import secrets
 import time
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn import files
-from llm_unlearn.data.partition import CORE, SliceName
-from llm_unlearn.data.records import Record, digest
+from llm_unlearn.data.partition import SliceName
+from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
+from llm_unlearn.exact import copies as outside
 from llm_unlearn.exact import residues
-from llm_unlearn.exact.environment import describe_software
+from llm_unlearn.exact.asks import Ask
+from llm_unlearn.exact.certificates import Certifier, Outcome, certificate_path
 from llm_unlearn.exact.ledger import Request, Target
+from llm_unlearn.exact.resolving import Found, copy_targets, dependents, find_subjects, nodes_of
 from llm_unlearn.exact.served import depth_of, digest_of_served, read_lineage, serve
 from llm_unlearn.exact.store import RunDirectory
 
-EXACTNESS = (
-    "structural: no served parameter was trained on a record that the request names, nor on "
-    "anything that depended on one"
-)
+DELETED, DELETED_BEFORE, ASKED_BEFORE = "deleted", "deleted before", "asked before"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one ask.
+
+    Attributes:
+        state: `deleted`, `corrected`, `deleted before`, or `asked before` under the same key.
+        request: id of the request that carries it out; None if there was nothing to do.
+    """
+
+    state: str
+    request: str | None
+    line: int | None = None
 
 
 @dataclass(frozen=True)
 class Deletion:
-    """What a call of `delete` did.
+    """What a call of `delete` did, or in a dry run would have done.
 
     Attributes:
-        request: id of the request, None if every subject had been deleted before, or if this
-            was a dry run (the other values then say what would have been done).
+        request: id of the request, if there was exactly one.
+        certificate: its certificate.
         already_deleted: how many of the subjects had been deleted before.
         records: how many went, each as often as it was stored.
         copies_elsewhere: records of other subjects with a text of the deleted ones, left alone.
         core_records: records of the subjects in the permanent core, which stay.
+        outstanding_copies: known copies outside the run that hold deleted data.
         seconds: from the call to the certificate.
     """
 
@@ -53,6 +68,19 @@ class Deletion:
     seconds: float
     certificate: Path | None
     core_records: int = 0
+    answers: tuple[Answer, ...] = ()
+    outstanding_copies: tuple[outside.Copy, ...] = ()
+
+    @property
+    def requests(self) -> list[str]:
+        """Ids of all requests that this call made."""
+        made = (
+            answer for answer in self.answers if answer.state not in (DELETED_BEFORE, ASKED_BEFORE)
+        )
+        return [answer.request for answer in made if answer.request]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def delete(
@@ -61,133 +89,177 @@ def delete(
     with_duplicates: bool = False,
     dry_run: bool = False,
 ) -> Deletion:
-    """Delete subjects exactly; all of them, or none if one is unknown.
+    """Delete subjects exactly, in one request; all of them, or none if one is unknown.
+
+    Raises:
+        UserError: no subject given, or as `delete_all`.
+    """
+    if not subjects:
+        raise UserError("name at least one subject to delete")
+    return delete_all(run, [Ask(tuple(subjects))], with_duplicates, dry_run)
+
+
+def delete_all(
+    run: RunDirectory,
+    asks: Sequence[Ask],
+    with_duplicates: bool = False,
+    dry_run: bool = False,
+) -> Deletion:
+    """Delete exactly what is asked for, a request each; all, or nothing if one cannot be.
 
     Args:
         with_duplicates: also delete the records of other subjects that hold the same text.
         dry_run: only say what would go and how many copies others hold; nothing is changed.
 
     Raises:
-        UserError: no subject given, or one that the run does not know or holds in its permanent
-            core alone; nothing was changed.
+        UserError: a subject that the run does not know or holds in its permanent core alone, or an
+            idempotency key that stood for another subject; nothing was changed.
         RunError: the run is busy or damaged; nothing was acknowledged.
     """
     started = time.monotonic()
-    if not subjects:
-        raise UserError("name at least one subject to delete")
     with run.changing("deleting from it"):
         settle(run)
-        targets, records, already = resolve(run, list(dict.fromkeys(subjects)))
-        copies: dict[SliceName, list[Record]] = {}
-        if records:
-            copies = run.slices.copies(records, holders={record.subject for record in records})
-        if with_duplicates:
-            targets += copy_targets(run, copies)
-        nodes = dependent_nodes(run, targets)
-        named = {run.key.pseudonym("subject", subject) for subject in subjects}
-        core_records = _in_core(run, named | {target.pseudonym for target in targets})
-        request_id = None
-        if targets and not dry_run:
-            request_id = secrets.token_hex(8)
-            run.ledger.acknowledge(request_id, targets, nodes, digest_of_served(run))
+        before = asked_before(run, asks)
+        new = [ask for ask in asks if ask.key not in before]
+        found = find_subjects(run, new)
+        held = _copies(run, found)
+        requests = _make_requests(run, new, found, held if with_duplicates else {})
+        made = [request for request in requests if request is not None]
+        targets = [target for request in made for target in request.targets]
+        core_records = _core_records(run, new, targets)
+        if made and not dry_run:
+            run.ledger.acknowledge(*made)
             settle(run)
-        depths = depths_served(run)
-    return Deletion(
-        request=request_id,
-        subjects=len({target.pseudonym for target in targets if target.kind == "subject"}),
-        already_deleted=already,
-        records=sum(target.records for target in targets),
-        copies_elsewhere=0
-        if with_duplicates
-        else len({record.id for held in copies.values() for record in held}),
-        nodes_removed=len(nodes),
-        served=depths,
-        seconds=time.monotonic() - started,
-        certificate=certificate_path(run, request_id) if request_id else None,
-        core_records=core_records,
-    )
-
-
-def resolve(run: RunDirectory, subjects: list[str]) -> tuple[list[Target], list[Record], int]:
-    """Find where the subjects live: targets, their records, and how many were deleted before."""
-    pseudonyms = {subject: run.key.pseudonym("subject", subject) for subject in subjects}
-    gone = run.ledger.deleted(list(pseudonyms.values()))
-    asked = [subject for subject in subjects if pseudonyms[subject] not in gone]
-    records: dict[str, Record] = {}
-    targets: list[Target] = []
-    for name, here in run.slices.homes(asked).items():
-        held = run.slices.read(name, here)
-        records |= {record.id: record for record in held}
-        counts = Counter(record.subject for record in held)
-        targets += [
-            Target("subject", pseudonyms[subject], *name, records=counts[subject])
-            for subject in sorted(counts)
-        ]
-    unknown = set(asked) - {record.subject for record in records.values()}
-    if unknown:
-        _refuse_permanent(run, unknown)
-        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise UserError(
-            f"no such subject in {run.path}: {sorted(unknown)[0]!r}{more}. Nothing was deleted; "
-            "a subject is spelled as in the column that the run was made with"
-        )
-    return targets, list(records.values()), len(gone)
-
-
-def _refuse_permanent(run: RunDirectory, unknown: set[str]) -> None:
-    held = run.slices.read(CORE, unknown) if run.core else []
-    if held:
-        raise UserError(
-            f"{min(record.subject for record in held)!r} is in the permanent core, which cannot be "
-            "deleted; it would need a new run. Nothing was deleted"
+        elsewhere = {record.id for part in held.values() for record in part}
+        only = made[0].id if len(made) == 1 and not dry_run else None
+        return Deletion(
+            request=only,
+            subjects=len({target.pseudonym for target in targets if target.kind == "subject"}),
+            already_deleted=len(found.gone),
+            records=sum(target.records for target in targets),
+            copies_elsewhere=0 if with_duplicates else len(elsewhere),
+            nodes_removed=len({key for request in made for key in request.nodes}),
+            served=depths_served(run),
+            seconds=time.monotonic() - started,
+            certificate=certificate_path(run, only) if only else None,
+            core_records=core_records,
+            answers=() if dry_run else answers_to(asks, before, requests, DELETED),
+            outstanding_copies=tuple(outside.outstanding(run)),
         )
 
 
-def _in_core(run: RunDirectory, pseudonyms: set[str]) -> int:
-    return run.slices.count_in_core(pseudonyms) if run.core else 0
+def asked_before(run: RunDirectory, asks: Sequence[Ask]) -> dict[str | None, Request]:
+    """The requests that were made under the asks' idempotency keys, by key.
 
-
-def copy_targets(run: RunDirectory, copies: dict[SliceName, list[Record]]) -> list[Target]:
-    """Targets for copies held by others.
-
-    A subject of whom nothing else is held is named itself: asked for later, it counts as deleted.
+    Raises:
+        UserError: a key was used for something else.
     """
-    targets: list[Target] = []
-    for name, held in copies.items():
-        taken = Counter(record.subject for record in held)
-        counts = Counter(record.subject for record in run.slices.read(name, set(taken)))
-        # With public keys a subject's other records can be anywhere: its copies go one by one.
-        whole = sorted(
-            subject
-            for subject in taken
-            if run.slices.is_keyed and taken[subject] == counts[subject]
-        )
-        targets += [
-            Target("subject", run.key.pseudonym("subject", subject), *name, records=taken[subject])
-            for subject in whole
-        ]
-        targets += [
-            Target("record", run.key.pseudonym("record", record.id), *name, records=1)
-            for record in held
-            if record.subject not in whole
-        ]
-    return targets
+    names = {run.key.pseudonym("key", ask.key): ask for ask in asks if ask.key is not None}
+    found: dict[str | None, Request] = {}
+    for name, request in run.ledger.asked_under(list(names)).items():
+        ask = names[name]
+        if request.asked_for != ask.pseudonyms(run.key):
+            where = f"line {ask.line}: " if ask.line else ""
+            raise UserError(
+                f"{where}the idempotency key {ask.key!r} was used for something else; nothing was done"
+            )
+        found[ask.key] = request
+    return found
 
 
-def dependent_nodes(run: RunDirectory, targets: list[Target]) -> list[str]:
-    """Keys of the trained nodes that saw, or stand on a node that saw, a slice of the targets."""
-    hit = {(target.shard, target.slice) for target in targets}
-    nodes = {
-        node.key: node
-        for shard in {target.shard for target in targets}
-        for path in run.paths(shard)
-        for node in path
-    }
-    return sorted(
-        key
-        for key, node in nodes.items()
-        if run.nodes.exists(key) and any((node.shard, part) in hit for part in node.path)
+def answers_to(
+    asks: Sequence[Ask],
+    before: Mapping[str | None, Request],
+    requests: Sequence[Request | None],
+    state: str,
+) -> tuple[Answer, ...]:
+    """What became of each ask.
+
+    Args:
+        requests: those of the asks that are not in `before`, in order.
+        state: of an ask that has a request.
+    """
+    new, answers = iter(requests), []
+    for ask in asks:
+        if ask.key in before:
+            answers.append(Answer(ASKED_BEFORE, before[ask.key].id, ask.line))
+        elif request := next(new):
+            answers.append(Answer(state, request.id, ask.line))
+        else:
+            answers.append(Answer(DELETED_BEFORE, None, ask.line))
+    return tuple(answers)
+
+
+def _copies(run: RunDirectory, found: Found) -> dict[SliceName, list[Record]]:
+    """Records of others with a text of those that go."""
+    records = found.all_records()
+    return run.slices.copies(records, holders=set(found.records)) if records else {}
+
+
+def _make_requests(
+    run: RunDirectory,
+    asks: Sequence[Ask],
+    found: Found,
+    held: Mapping[SliceName, list[Record]],
+) -> list[Request | None]:
+    """A request for every ask; None where there is nothing to do.
+
+    Each subject, and each copy that others hold, goes with the first that asks for it.
+    """
+    targets, taken = [], set[Target]()
+    for ask in asks:
+        own = [target for subject in ask.subjects for target in found.targets.get(subject, [])]
+        copied = copy_targets(run, _copies_of(run, ask, found, held)) if held else []
+        new = [target for target in dict.fromkeys(own + copied) if target not in taken]
+        taken.update(new)
+        targets.append(new)
+    served = digest_of_served(run)
+    dependent = dependents(run, {target.shard for target in taken})
+    return [
+        make_request(run, ask, group, nodes_of(group, dependent), served) if group else None
+        for ask, group in zip(asks, targets, strict=True)
+    ]
+
+
+def make_request(
+    run: RunDirectory,
+    ask: Ask,
+    targets: Sequence[Target],
+    nodes: tuple[str, ...],
+    served: str | None,
+) -> Request:
+    """The request of an ask, for the ledger."""
+    return Request(
+        id=secrets.token_hex(8),
+        targets=tuple(targets),
+        nodes=nodes,
+        served_before=served,
+        reason=ask.reason,
+        deadline=ask.deadline,
+        idempotency=run.key.pseudonym("key", ask.key) if ask.key else None,
+        asked_for=ask.pseudonyms(run.key) if ask.key else (),
     )
+
+
+def _copies_of(
+    run: RunDirectory, ask: Ask, found: Found, held: Mapping[SliceName, list[Record]]
+) -> dict[SliceName, list[Record]]:
+    """The copies with a text of the ask's own subjects."""
+    own = [record for s in ask.subjects for record in found.records.get(s, {}).values()]
+    texts = {run.key.text_digest(record) for record in own}
+    mine = {
+        name: [record for record in part if run.key.text_digest(record) in texts]
+        for name, part in held.items()
+    }
+    return {name: part for name, part in mine.items() if part}
+
+
+def _core_records(run: RunDirectory, asks: Sequence[Ask], targets: Sequence[Target]) -> int:
+    """How many records of those who go are in the permanent core, and stay."""
+    if run.core is None:
+        return 0
+    named = {run.key.pseudonym("subject", subject) for ask in asks for subject in ask.subjects}
+    return run.slices.count_in_core(named | {target.pseudonym for target in targets})
 
 
 def depths_served(run: RunDirectory) -> dict[int, int]:
@@ -203,89 +275,50 @@ def settle(run: RunDirectory) -> None:
     """
     pending = run.ledger.requests(pending=True)
     if not pending:
+        run.slices.drop_pending()
         residues.purge_temporary(run)  # what a crash left after it had finished the last request
         return
-    _remove_records(run, pending)
-    wanted = set(run.wanted())
+    remaining = _change_records(run, pending)
+    wanted = frozenset(run.wanted())
     # Serve first, purge next: what is served never lacks a file, and the deleted data stops
     # being served as early as it can.
     lineages = serve(run)
     residues.purge_nodes(run, wanted)
     purged = residues.purge_emptied(run)
     residues.purge_temporary(run)
-    clean = all(node["key"] in wanted for entry in lineages.values() for node in entry["nodes"])
-    done = {
-        "served_after": digest_of_served(run),
-        "served_depth": {str(shard): depth for shard, depth in depths_served(run).items()},
-        "purged": purged,
-        "checks": {"served_lineage": clean},
-    }
-    for request in pending:
-        text = _write_certificate(run, request, done)
-        run.ledger.finish(
-            request.id, {"certificate": digest(text), "served_after": done["served_after"]}
-        )
+    run.slices.drop_pending(keep={request.id for request in pending})
+    served = tuple(node["key"] for entry in lineages.values() for node in entry["nodes"])
+    outcome = Outcome(wanted, served, depths_served(run), purged, remaining)
+    _certify(run, pending, outcome)
+    run.slices.drop_pending()
 
 
-def _remove_records(run: RunDirectory, pending: list[Request]) -> None:
+def _change_records(run: RunDirectory, pending: Sequence[Request]) -> dict[SliceName, int]:
+    """Take out what goes and put in what comes; returns how many deleted records are left, by slice."""
     tombstones: dict[SliceName, set[str]] = defaultdict(set)
+    inserted: dict[SliceName, list[Record]] = defaultdict(list)
     for request in pending:
         for target in request.targets:
             tombstones[SliceName(target.shard, target.slice)].add(target.pseudonym)
-    for name, gone in tombstones.items():
-        run.slices.remove(name, gone)
+        records = run.slices.read_pending(request.id) if request.inserted else []
+        for target, record in zip(request.inserted, records, strict=True):
+            inserted[SliceName(target.shard, target.slice)].append(record)
+    for name in sorted(tombstones.keys() | inserted.keys()):
+        run.slices.rewrite(name, tombstones[name], inserted[name])
+    return {name: run.slices.count_of(name, gone) for name, gone in tombstones.items()}
 
 
-def certificate_path(run: RunDirectory, request_id: str) -> Path:
-    return run.path / "certificates" / f"{request_id}.json"
-
-
-def _write_certificate(run: RunDirectory, request: Request, done: dict[str, Any]) -> str:
-    """What was asked, what went, what is served now, and what was out of reach."""
-    unknown = [str(path.relative_to(run.path)) for path in residues.unrecognised(run)]
-    certificate = {
-        "version": 1,
-        "request": request.id,
-        "acknowledged_at": request.acknowledged_at,
-        "targets": [
-            {"kind": target.kind, "pseudonym": target.pseudonym} for target in request.targets
-        ],
-        "exactness": EXACTNESS,
-        "counterfactual": "dense retraining: the records never existed",
-        "records_removed": sum(target.records for target in request.targets),
-        "nodes_removed": list(request.nodes),
-        "served_before": request.served_before,
-        "answers_by": asdict(run.config.rule),
-        **done,
-        "retained_roots": {
-            str(shard): [root for root in run.slices.roots(shard).values() if root]
-            for shard in run.shards
-        },
-        **_core_entry(run, request),
-        "out_of_reach": [
-            *residues.OUT_OF_REACH,
-            *(["the permanent core, on which all nodes stand"] if run.core else []),
-            *(f"unrecognised file in the run: {name}" for name in unknown),
-        ],
-        "base_model": run.shape.weights,
-        "software": describe_software(),
-    }
-    text = json.dumps(certificate, indent=2, sort_keys=True)
-    path = certificate_path(run, request.id)
-    path.parent.mkdir(exist_ok=True)
-    files.write_bytes(path, text.encode())
-    return text
-
-
-def _core_entry(run: RunDirectory, request: Request) -> dict[str, Any]:
-    """What a certificate says of the permanent core; nothing where there is none."""
-    if run.core is None:
-        return {}
-    held = _in_core(run, {target.pseudonym for target in request.targets})
-    return {
-        "core": {
-            "root": run.core_root,
-            "guarantee": "outside it: what was trained into the core stays, whoever it is about",
-            "records_of_the_deleted": held,
+def _certify(run: RunDirectory, pending: Sequence[Request], outcome: Outcome) -> None:
+    """Write the certificates of all requests, then finish them in one transaction."""
+    certifier = Certifier(run, outcome)
+    signed = {request.id: certifier.certificate(request) for request in pending}
+    files.write_many(
+        run.path / "certificates", {f"{name}.json": data for name, data in signed.items()}
+    )
+    served = digest_of_served(run)
+    run.ledger.finish(
+        {
+            name: {"certificate": hashlib.sha256(data).hexdigest(), "served_after": served}
+            for name, data in signed.items()
         }
-    }
+    )

@@ -32,6 +32,7 @@ from llm_unlearn.exact.database import Database, LostCommitError, events, reques
 from llm_unlearn.exact.postgresql import Address
 
 RETRY_SECONDS = 1.0
+COLUMNS = tuple(column.name for column in events.columns)
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,41 @@ class Target:
 
 @dataclass(frozen=True)
 class Request:
-    """An acknowledged deletion request; finished when nothing served depends on its targets.
+    """A deletion or a correction; finished when nothing served depends on its targets.
 
     Attributes:
         nodes: keys of the trained nodes that depended on the targets.
         served_before: digest of what was served when the request was acknowledged.
+        kind: `delete`, or `correct`: a record goes and another comes in its place.
+        inserted: where the records of a correction go, by the pseudonyms of their ids.
+        reason: words of whoever asked; nobody's name.
+        deadline: seconds since the epoch by which it must be carried out.
+        idempotency: pseudonym of the key under which it was asked for.
+        asked_for: pseudonyms of what was asked for under it.
+        acknowledged_at: None for one that is not in the ledger yet.
     """
 
     id: str
-    acknowledged_at: float
-    finished_at: float | None
     targets: tuple[Target, ...]
     nodes: tuple[str, ...]
     served_before: str | None
+    kind: str = "delete"
+    inserted: tuple[Target, ...] = ()
+    reason: str | None = None
+    deadline: float | None = None
+    idempotency: str | None = None
+    asked_for: tuple[str, ...] = ()
+    acknowledged_at: float | None = None
+    finished_at: float | None = None
+
+    def to_details(self) -> str:
+        """What the ledger keeps of it and its chain covers, as JSON."""
+        told = vars(self) | {
+            "targets": [vars(target) for target in self.targets],
+            "inserted": [vars(target) for target in self.inserted],
+        }
+        moments = ("acknowledged_at", "finished_at")
+        return ascii_json({name: told[name] for name in told if name not in moments})
 
 
 @dataclass(frozen=True)
@@ -136,76 +159,73 @@ class Ledger:
     def create(self) -> None:
         self.database.create()
 
-    def acknowledge(
-        self, request_id: str, targets: list[Target], nodes: list[str], served_before: str | None
-    ) -> None:
-        """Write a request, all of it or nothing. When this returns, it is on disk.
+    def acknowledge(self, *asked: Request) -> None:
+        """Write requests, all of them or nothing. When this returns, they are on disk.
 
         Raises:
             RunError: a target was deleted before, or is named twice in one slice.
         """
-        if len(set(targets)) < len(targets):
-            raise RunError(f"request {request_id} names a target twice: nothing was acknowledged")
-        details = {
-            "targets": [vars(t) for t in targets],
-            "nodes": nodes,
-            "served_before": served_before,
-        }
-        text = _text(details)
+        for request in asked:
+            if len(set(request.targets)) < len(request.targets):
+                raise RunError(
+                    f"request {request.id} names a target twice: nothing was acknowledged"
+                )
+        texts = {request.id: request.to_details() for request in asked}
+        payloads = [{"request": name, "details": digest(text)} for name, text in texts.items()]
+        stones = [
+            {"pseudonym": pseudonym, "request": request.id}
+            for request in asked
+            for pseudonym in dict.fromkeys(target.pseudonym for target in request.targets)
+        ]
         with self._transaction() as connection:
-            moment = self._append(
-                connection, "request", {"request": request_id, "details": digest(text)}
-            )
-            connection.execute(
-                requests.insert().values(id=request_id, acknowledged_at=moment, details=text)
-            )
-            connection.execute(
-                tombstones.insert(),
-                [
-                    {"pseudonym": pseudonym, "request": request_id}
-                    for pseudonym in dict.fromkeys(target.pseudonym for target in targets)
-                ],
-            )
+            moment = self._append(connection, "request", payloads)
+            rows = [
+                {
+                    "id": request.id,
+                    "idempotency": request.idempotency,
+                    "acknowledged_at": moment,
+                    "details": texts[request.id],
+                }
+                for request in asked
+            ]
+            connection.execute(requests.insert(), rows)
+            connection.execute(tombstones.insert(), stones)
 
-    def finish(self, request_id: str, payload: Mapping[str, Any]) -> None:
-        """Mark a request as carried out, and log what was done for it.
+    def finish(self, done: Mapping[str, Mapping[str, Any]]) -> None:
+        """Mark requests as carried out, and log what was done for each.
+
+        Args:
+            done: by the request's id, what the log says of it.
 
         Raises:
-            RunError: there is no such request, or it was carried out before.
+            RunError: one of them is not pending: none was marked.
         """
+        payloads = [{"request": name, **payload} for name, payload in done.items()]
+        pending = (requests.c.id == sql.bindparam("request")) & requests.c.finished_at.is_(None)
         with self._transaction() as connection:
-            moment = self._append(connection, "deleted", {"request": request_id, **payload})
-            pending = (requests.c.id == request_id) & requests.c.finished_at.is_(None)
-            done = connection.execute(requests.update().where(pending).values(finished_at=moment))
-            if done.rowcount != 1:
-                raise RunError(f"request {request_id} is not pending: nothing was changed")
+            moment = self._append(connection, "deleted", payloads)
+            marked = connection.execute(
+                requests.update().where(pending).values(finished_at=moment),
+                [{"request": name} for name in done],
+            )
+            if marked.rowcount != len(done):
+                raise RunError("a request that was carried out is not pending; nothing was changed")
 
     def append(self, kind: str, payload: Mapping[str, Any]) -> None:
         with self._transaction() as connection:
-            self._append(connection, kind, payload)
+            self._append(connection, kind, [payload])
 
-    def _append(self, connection: sql.Connection, kind: str, payload: Mapping[str, Any]) -> float:
-        """Append one entry; returns its moment."""
-        return self._append_all(connection, kind, [payload])
-
-    def _append_all(
+    def _append(
         self, connection: sql.Connection, kind: str, payloads: Sequence[Mapping[str, Any]]
     ) -> float:
         """Append entries of one moment, which is returned."""
-        moment, rows = time.time(), []
         end, previous = last_link(connection) or (-1, GENESIS)
+        rows, moment = [], time.time()
         for sequence, payload in enumerate(payloads, start=end + 1):
-            text = _text(payload)
+            text = ascii_json(payload)
             made = event_digest(sequence, moment, kind, text, previous)
             rows.append(
-                {
-                    "sequence": sequence,
-                    "time": moment,
-                    "kind": kind,
-                    "payload": text,
-                    "previous": previous,
-                    "digest": made,
-                }
+                dict(zip(COLUMNS, (sequence, moment, kind, text, previous, made), strict=True))
             )
             previous = made
         connection.execute(events.insert(), rows)
@@ -218,10 +238,17 @@ class Ledger:
             query = query.where(requests.c.finished_at.is_(None))
         with self.database.reading() as connection:
             rows = connection.execute(query).all()
-        return [
-            _request(row.id, row.acknowledged_at, row.finished_at, json.loads(row.details))
-            for row in rows
-        ]
+        return [_request(row) for row in rows]
+
+    def asked_under(self, keys: Sequence[str]) -> dict[str, Request]:
+        """The requests that were asked for under these pseudonyms of idempotency keys."""
+        found: list[sql.Row] = []
+        with self.database.reading() as connection:
+            for start in range(0, len(keys), 500):
+                part = keys[start : start + 500]
+                query = sql.select(requests).where(requests.c.idempotency.in_(part))
+                found += connection.execute(query).all()
+        return {row.idempotency: _request(row) for row in found}
 
     def deleted(self, pseudonyms: list[str]) -> set[str]:
         """Those of the pseudonyms that have a tombstone."""
@@ -260,15 +287,15 @@ class Ledger:
             return [*self.database.problems(connection), *check_chain(connection, head)]
 
 
-def _request(
-    identity: str, acknowledged: float, finished: float | None, details: dict[str, Any]
-) -> Request:
-    targets = tuple(Target(**target) for target in details["targets"])
-    return Request(
-        identity, acknowledged, finished, targets, tuple(details["nodes"]), details["served_before"]
-    )
+def _request(row: sql.Row) -> Request:
+    details = json.loads(row.details)
+    for name in ("targets", "inserted"):
+        details[name] = tuple(Target(**target) for target in details[name])
+    for name in ("nodes", "asked_for"):
+        details[name] = tuple(details[name])
+    return Request(**details, acknowledged_at=row.acknowledged_at, finished_at=row.finished_at)
 
 
-def _text(value: Mapping[str, Any]) -> str:
-    """JSON in ASCII, which every encoding of a database keeps as it is."""
+def ascii_json(value: Mapping[str, Any]) -> str:
+    """One line of ASCII, which every encoding of a database keeps as it is."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))

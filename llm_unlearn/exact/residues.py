@@ -6,6 +6,7 @@ in the certificate as out of reach, so forgetting to register one shows.
 
 import os
 import re
+from collections.abc import Container
 from pathlib import Path
 
 from llm_unlearn import files
@@ -20,11 +21,11 @@ EMPTIED = {
 
 # Every file that the directories of a run may hold, as patterns of the path below each.
 KNOWN_FILES = {
-    "records": r"(shard-\d+/slice-\d+|core)\.(jsonl|[0-9a-f]{16}\.texts)",
+    "records": r"(shard-\d+/slice-\d+|core)\.(jsonl|[0-9a-f]{16}\.texts)|pending/[0-9a-f]{16}\.jsonl",
     "nodes": rf"[0-9a-f]{{64}}/({'|'.join(map(re.escape, (WEIGHTS_NAME, MANIFEST_NAME, WORDS_NAME)))})",
     "generations": r"[0-9a-f]{16}/(shard-\d+|core)/"
     r"(README\.md|lineage\.json|adapter_(model\.safetensors|config\.json)|words-\d+\.safetensors)",
-    "certificates": r"[0-9a-f]{16}\.json",
+    "certificates": r"[0-9a-f]{16}\.json(\.tsr)?",
 }
 
 # What no run directory can reach; named in every certificate.
@@ -36,7 +37,7 @@ OUT_OF_REACH = (
 )
 
 
-def purge_nodes(run: RunDirectory, wanted: set[str]) -> list[str]:
+def purge_nodes(run: RunDirectory, wanted: Container[str]) -> list[str]:
     """Drop every node that the run does not want any more; returns their keys."""
     stale = [key for key in run.nodes.keys() if key not in wanted]
     for key in stale:

@@ -1,6 +1,5 @@
 """`S3TRun`: the one object that a program needs, thin over the rest of `exact`."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from llm_unlearn.data.partition import CORE, SliceName, describe_sizes
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
+from llm_unlearn.exact.asks import Ask
 from llm_unlearn.exact.blocks import describe_split
-from llm_unlearn.exact.deletion import Deletion, delete, depths_served, settle
+from llm_unlearn.exact.certificates import certificate_path, read_certificate
+from llm_unlearn.exact.deletion import Deletion, delete, delete_all, depths_served, settle
 from llm_unlearn.exact.slices import Placement
 from llm_unlearn.exact.store import RunDirectory, read_key
 from llm_unlearn.exact.trie import Node, longest_surviving_prefix
@@ -196,6 +197,12 @@ class S3TRun:
         """Delete subjects exactly, all or none; see `llm_unlearn.exact.deletion.delete`."""
         return delete(self.directory, subjects, with_duplicates, dry_run)
 
+    def delete_all(
+        self, asks: Sequence[Ask], with_duplicates: bool = False, dry_run: bool = False
+    ) -> Deletion:
+        """Delete what is asked for, a request each; see `llm_unlearn.exact.deletion.delete_all`."""
+        return delete_all(self.directory, asks, with_duplicates, dry_run)
+
     def settle(self) -> None:
         """Carry out requests that a crash left acknowledged but unfinished."""
         with self.directory.changing("finishing a deletion in it"):
@@ -258,8 +265,8 @@ class S3TRun:
         return sum(seconds.get(key, 0.0) for key in self.directory.wanted())
 
     def certificate(self, request: str) -> dict[str, Any]:
-        """The certificate of a request."""
-        return json.loads((self.path / "certificates" / f"{request}.json").read_bytes())
+        """What the certificate of a request says."""
+        return read_certificate(certificate_path(self.directory, request))["predicate"]
 
     def ensemble(self) -> "ShardEnsemble":
         """The served adapters of all shards as one model with `forward` and `generate`."""

@@ -1,5 +1,6 @@
 """What is served: per shard the longest surviving prefix, as an ordinary PEFT adapter; and the core."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -110,10 +111,18 @@ def write_shard(
     data = to_bytes(tensors)
     config = adapter_config(tensors, run.config.lora, run.shape)
     depth = sum(not node.is_core for node in nodes)
-    described = lineage(run, shard, nodes) | {"digest": served_digest(data, config)}
+    parts = {
+        WEIGHTS_NAME: data,
+        CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True).encode(),
+    }
+    described = lineage(run, shard, nodes) | {
+        "digest": served_digest(data, config),
+        # Certificates name files by these, and hash nothing again that did not change.
+        "files": {name: hashlib.sha256(held).hexdigest() for name, held in parts.items()},
+    }
     directory.mkdir()
-    (directory / WEIGHTS_NAME).write_bytes(data)
-    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
+    for name, held in parts.items():
+        (directory / name).write_bytes(held)
     for node in nodes:  # the core has none: nobody is looked for in it
         if (words := run.nodes.words(node.key)) is not None:
             words_path(directory, node.block.stage).write_bytes(words)

@@ -2,6 +2,7 @@
 
     RUN/records/shard-0/slice-2.jsonl        a header line, then one canonical line per record
     RUN/records/shard-0/slice-2.<root>.texts digests of the texts, to find copies held by others
+    RUN/records/pending/<request>.jsonl      what a correction that is being carried out will insert
     RUN/records/core.jsonl                   likewise the records of the permanent core, if any
 
 The lines are sorted by their keyed leaf, so the bytes of a slice are a function of its records
@@ -11,7 +12,7 @@ of its own, only shards with records have files at all.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -200,6 +201,10 @@ class SliceStore:
         except FileNotFoundError:
             raise RunError(f"{path} is missing: restore the run directory from a backup") from None
 
+    def subjects(self, name: SliceName) -> set[str]:
+        """Whose records a slice holds."""
+        return {json.loads(subject) for subject in set(map(_quoted_subject, self.lines(name)))}
+
     def read(self, name: SliceName, subjects: set[str] | None = None) -> list[Record]:
         """The records of a slice, all or those of some subjects, in the order of their leaves.
 
@@ -225,28 +230,75 @@ class SliceStore:
         path = self.path(name)
         return RunError(f"{path} is damaged: a line is not a record; run `llm-unlearn verify`")
 
-    def remove(self, name: SliceName, tombstones: set[str]) -> int:
-        """Rewrite a slice without the tombstoned subjects and records; returns how many went.
+    def rewrite(
+        self, name: SliceName, tombstones: set[str], inserted: Sequence[Record] = ()
+    ) -> int:
+        """Rewrite a slice without the tombstoned subjects and records, and with some new ones.
+
+        Repeatable: what is inserted twice is held once.
+
+        Returns:
+            How many records went.
 
         Raises:
             RunError: a line is not a record; nothing was rewritten.
         """
-        if self._is_gone(name):
-            return 0
-        entries = self._entries(name)
+        entries = [] if self._is_gone(name) else self._entries(name)
         try:
             gone = self._are_gone([line for _, line, _ in entries], tombstones)
         except (ValueError, TypeError):
             raise self._damaged(name) from None
         kept = [entry for entry, is_gone in zip(entries, gone, strict=True) if not is_gone]
-        if not kept and not self._shape[0]:
+        removed, held = len(entries) - len(kept), {leaf for leaf, _, _ in kept}
+        new = [entry for entry in map(self._entry, inserted) if entry[0] not in held]
+        if not kept and not new and not self._shape[0]:
+            self._remove_shard(name)
+        elif removed or new:
+            self._write(name, kept + new)
+        return removed
+
+    def _remove_shard(self, name: SliceName) -> None:
+        if not self._is_gone(name):
             # Out of sight by a rename first, so that a crash leaves no half of it.
             doomed = files.temporary_name(self.path(name).parent)
             self.path(name).parent.rename(doomed)
             files.remove(doomed)
-        elif len(kept) < len(entries):
-            self._write(name, kept)
-        return len(entries) - len(kept)
+
+    def count_of(self, name: SliceName, tombstones: set[str]) -> int:
+        """How many records of a slice the tombstones name."""
+        if self._is_gone(name):
+            return 0
+        try:
+            return sum(self._are_gone(list(self.lines(name)), tombstones))
+        except (ValueError, TypeError):
+            raise self._damaged(name) from None
+
+    def write_pending(self, request: str, records: Sequence[Record]) -> None:
+        """Keep what a request will insert, before it is acknowledged."""
+        path = self._pending_path(request)
+        path.parent.mkdir(exist_ok=True)
+        files.write_bytes(path, b"\n".join(record.to_line() for record in records))
+
+    def read_pending(self, request: str) -> list[Record]:
+        """What `write_pending` kept.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        path = self._pending_path(request)
+        try:
+            return [Record.from_line(line) for line in path.read_bytes().split(b"\n")]
+        except (OSError, ValueError, TypeError):
+            raise RunError(f"{path} is missing or damaged: restore it from a backup") from None
+
+    def drop_pending(self, keep: Container[str] = ()) -> None:
+        """Remove what was kept for requests that are carried out or were never acknowledged."""
+        for path in (self.directory / "pending").glob("*.jsonl"):
+            if path.stem not in keep:
+                files.remove(path)
+
+    def _pending_path(self, request: str) -> Path:
+        return self.directory / "pending" / f"{request}.jsonl"
 
     def _entries(self, name: SliceName) -> list[Entry]:
         """What the slice holds now: its lines as they are, each with its leaf and text digest.

@@ -10,7 +10,8 @@
                             words.safetensors, by which prompts find their subjects
     RUN/served              link to the directory in generations/ that is served now
     RUN/cache/, trainer/    residues of training: purged when it ends and by every deletion
-    RUN/certificates/       one file per request
+    RUN/certificates/       one file per request, signed with signing.key; signing.pub verifies
+    RUN/policy.toml         what follows a deletion, if somebody chose; rebuild.log of the last in background
 
 What is wanted is always derived from run.json and the records; nothing is believed twice.
 """
@@ -42,7 +43,8 @@ KEYS_NAME = "keys.safetensors"
 OWN_ENTRIES = (
     "run.json", "secret.key", KEYS_NAME, "ledger.sqlite", "ledger.sqlite-journal", "ledger.url", "ledger.head",
     "ledger.head.part", "ledger.lock", "records", "nodes",
-    "served", "generations", "cache", "trainer", "certificates", "state.lock", "train.lock",
+    "served", "generations", "cache", "trainer", "certificates", "signing.key", "signing.pub", "policy.toml",
+    "rebuild.log", "state.lock", "train.lock",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ The checks read files only. Replay trains nodes again and compares bits; it need
 and the hardware that the nodes were trained on.
 """
 
+import hashlib
 import json
 import random
 import stat
@@ -14,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llm_unlearn.data.partition import CORE, SliceName, merkle_root
-from llm_unlearn.data.records import Record, digest
-from llm_unlearn.errors import RunError
+from llm_unlearn.data.records import Record
+from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact import residues
 from llm_unlearn.exact.adapters import (
     CONFIG_NAME,
@@ -31,10 +32,11 @@ from llm_unlearn.exact.adapters import (
     split,
     to_bytes,
 )
-from llm_unlearn.exact.deletion import certificate_path
+from llm_unlearn.exact.certificates import certificate_path
 from llm_unlearn.exact.served import members_served, read_lineage, words_path
 from llm_unlearn.exact.store import KEYS_NAME, MANIFEST_NAME, RunDirectory
 from llm_unlearn.exact.trie import Node, live, node_key
+from llm_unlearn.signing import PRIVATE_NAME, PUBLIC_NAME, PublicKey, SignatureError
 
 
 @dataclass
@@ -140,15 +142,22 @@ def check_nodes(run: RunDirectory) -> Check:
 
 
 def check_certificates(run: RunDirectory) -> Check:
-    """Every request that was carried out has its certificate, as it was written."""
+    """Every request that was carried out has its certificate, as it was written and signed."""
     check = Check("certificates")
+    public = run.path / PUBLIC_NAME
     for event in run.ledger.events("deleted"):
         check.examined += 1
         path = certificate_path(run, event.payload["request"])
         if not path.is_file():
             check.problems.append(f"{path.name} is missing")
-        elif digest(path.read_text()) != event.payload["certificate"]:
+            continue
+        signed = path.read_bytes()
+        if hashlib.sha256(signed).hexdigest() != event.payload["certificate"]:
             check.problems.append(f"{path.name} is not the one that the ledger logged")
+        try:
+            PublicKey.open(public).read(signed)
+        except (SignatureError, UserError) as error:
+            check.problems.append(f"{path.name}: {error}")
     return check
 
 
@@ -201,7 +210,10 @@ def _served_problems(run: RunDirectory, shard: int) -> list[str]:
         return [*problems, "adapter_config.json is missing or damaged"]
     if config != adapter_config(tensors, run.config.lora, run.shape):
         problems.append("adapter_config.json is not the one that belongs to these tensors")
-    if served_digest((directory / WEIGHTS_NAME).read_bytes(), config) != lineage["digest"]:
+    if served_digest((directory / WEIGHTS_NAME).read_bytes(), config) != lineage["digest"] or any(
+        file_digest(directory / name) != lineage["files"].get(name)
+        for name in (WEIGHTS_NAME, CONFIG_NAME)
+    ):
         problems.append("lineage.json names another digest than the files have")
     return problems
 
@@ -238,9 +250,10 @@ def check_residues(run: RunDirectory) -> Check:
     for path in residues.unrecognised(run):
         shown = path.relative_to(run.path)
         check.problems.append(f"{shown} is of no known kind: a deletion would not purge it")
-    mode = stat.S_IMODE((run.path / "secret.key").stat().st_mode)
-    if mode & 0o077:
-        check.problems.append(f"secret.key is readable by others (mode {mode:o}): chmod 600 it")
+    for name in ("secret.key", PRIVATE_NAME):
+        mode = stat.S_IMODE((run.path / name).stat().st_mode) if (run.path / name).exists() else 0
+        if mode & 0o077:
+            check.problems.append(f"{name} is readable by others (mode {mode:o}): chmod 600 it")
     check.examined = sum(1 for path in run.path.rglob("*") if path.is_file())
     return check
 

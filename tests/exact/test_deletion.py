@@ -17,7 +17,7 @@ from llm_unlearn.console import exit_code_of
 from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact import training
-from llm_unlearn.exact.deletion import EXACTNESS
+from llm_unlearn.exact.certificates import CLASSES, read_certificate, retained_root, served_files
 from llm_unlearn.exact.residues import OUT_OF_REACH
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.training import Progress
@@ -177,7 +177,7 @@ LISTS = {
     "plain": "person 3\n\n  person 4 \n",
     "crlf": "person 3\r\nperson 4\r\n",
     "byte order mark": "\ufeffperson 3\nperson 4",
-    "JSON lines": '{"subject": "person 3"}\n\n {"subject": "person 4", "why": "asked"}\n',
+    "JSON lines": '{"subject": "person 3"}\n\n {"subject": "person 4", "reason": "asked"}\n',
     "mixed": 'person 3\n{"subject": "person 4"}\n',
 }
 
@@ -187,9 +187,10 @@ def test_subjects_come_from_a_file(run: S3TRun, tmp_path: Path, kind: str) -> No
     path = tmp_path / "subjects"
     path.write_bytes(LISTS[kind].encode())
     assert command("delete", str(run.path), "--from-file", str(path)) == 0
-    (request,) = run.directory.ledger.requests()
-    pseudonyms = {run.directory.key.pseudonym("subject", f"person {n}") for n in (3, 4)}
-    assert {target.pseudonym for target in request.targets} == pseudonyms
+    requests = run.directory.ledger.requests()
+    pseudonyms = [run.directory.key.pseudonym("subject", f"person {n}") for n in (3, 4)]
+    assert sorted(t.pseudonym for r in requests for t in r.targets) == sorted(pseudonyms)
+    assert len(requests) == 2 and all(request.finished_at for request in requests)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +201,38 @@ def test_subjects_come_from_a_file(run: S3TRun, tmp_path: Path, kind: str) -> No
         (b'person 3\n{"subject": null}\n', "line 2"),
         (b"person 3\nperson \xff\n", "cannot read"),
         (b"person 3\nnobody\n", "'nobody'"),
-        (b"\n\n", "name at least one subject"),
+        (b'person 3\n{"subject": "person 4", "dead_line": "2026-12-31"}\n', "dead_line"),
+        (b'{"subject": "person 3", "deadline": "soon"}\n', "line 1"),
+        (b'{"subject": "person 3", "reason": "Person 3 moved"}\n', "line 1"),
+        (b'{"subject": true}\n', "line 1"),
+        (b"[" * 100000 + b"\n", "no such subject"),
+        (b'{"subject": ' + b"[" * 100000 + b"\n", "line 1"),
+        (b"person 3\n../../etc/passwd\n", "(line 2)"),
+        ("person 3\n\u0440erson 3\n".encode(), "(line 2)"),
+        ("person 3\nPERSON\u00a04\n".encode(), "there is 'person 4'"),
+        (b"person 3\n" + b"x" * 1000000 + b"\n", "xxx..."),
+        (b"\n\n", "is empty"),
         (None, "cannot read"),
     ],
-    ids=["damaged", "no subject", "null", "not UTF-8", "unknown", "empty", "missing"],
+    ids=[
+        "damaged",
+        "no subject",
+        "null",
+        "not UTF-8",
+        "unknown",
+        "unknown key",
+        "bad deadline",
+        "names the subject",
+        "not a name",
+        "deep subject",
+        "deep JSON",
+        "a path",
+        "look-alike letter",
+        "look-alike case",
+        "huge",
+        "empty",
+        "missing",
+    ],
 )
 def test_a_file_with_a_mistake_deletes_nobody(
     run: S3TRun,
@@ -615,24 +644,28 @@ def test_the_certificate_says_what_went_and_names_nobody(run: S3TRun) -> None:
         directory.key.pseudonym("subject", subject) for subject in (VICTIM, "person 4")
     }
     assert certificate["records_removed"] == 4
-    assert certificate["exactness"] == EXACTNESS
-    assert "dense retraining" in certificate["counterfactual"]
-    assert certificate["retained_roots"] == {
-        str(shard): [root for root in directory.slices.roots(shard).values() if root]
-        for shard in directory.shards
+    assert certificate["exactness"] == {
+        "class": "structural",
+        "meaning": CLASSES["structural"],
+        "components": {"parameters": "structural", "who answers": "structural"},
     }
+    assert "dense retraining" in certificate["counterfactual"]
+    assert certificate["retained_root"] == retained_root(directory)
     assert certificate["served_before"] != certificate["served_after"]
     assert certificate["served_depth"] == {
         str(shard): depth for shard, depth in done.served.items()
     }
-    assert certificate["checks"] == {"served_lineage": True}
+    assert [check["passed"] for check in certificate["checks"]] == [True] * 3
+    files = read_certificate(done.certificate)["subject"]
+    assert {file["name"]: file["digest"]["sha256"] for file in files} == served_files(directory)
+    assert len(files) == 1 + 2 * len(directory.members)
     assert set(certificate["out_of_reach"]) == {
         *OUT_OF_REACH,
         "unrecognised file in the run: notes.txt",
     }
     assert certificate["base_model"] == directory.shape.weights
     assert certificate["acknowledged_at"] > 0 and digests
-    text = done.certificate.read_text()
+    text = json.dumps(read_certificate(done.certificate))
     words = [*{row["subject"] for row in make_rows()}, "dish number", directory.key.secret.hex()]
     assert not [word for word in words if word in text]
 
@@ -707,7 +740,7 @@ def test_a_damaged_slice_stops_an_interrupted_request_in_one_line(
 ) -> None:
     """Acknowledged, then killed, then damaged: nothing is rewritten, and the request waits."""
     with monkeypatch.context() as patch:
-        patch.setattr("llm_unlearn.exact.slices.SliceStore.remove", _killed)
+        patch.setattr("llm_unlearn.exact.slices.SliceStore.rewrite", _killed)
         with pytest.raises(KeyboardInterrupt):
             run.delete(["person 3"])
     path = run.directory.slices.path(run.directory.slices.place("person 3"))

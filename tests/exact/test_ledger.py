@@ -12,12 +12,18 @@ from llm_unlearn.data.records import digest
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact import database
 from llm_unlearn.exact.chain import GENESIS, event_digest
-from llm_unlearn.exact.ledger import Ledger, Target
+from llm_unlearn.exact.ledger import Ledger, Request, Target
 from tests.tiny import make_rows, make_stub_run, stubbed_training, tiny_records, train_stub
 
 
 def target(number: int) -> Target:
     return Target("subject", f"{number:064x}", shard=0, slice=number % 3, records=number + 1)
+
+
+def asked(
+    name: str, *targets: Target, nodes: tuple[str, ...] = (), served: str | None = None
+) -> Request:
+    return Request(name, targets, nodes, served)
 
 
 def open_ledger(folder: Path) -> Ledger:
@@ -32,9 +38,9 @@ def ledger(tmp_path: Path) -> Ledger:
     made.append("created", {"config": "c"})
     for number in range(5):
         made.append("trained", {"node": f"{number}", "weights": f"w{number}", "seconds": 0.1})
-    made.acknowledge("first", [target(1)], ["0", "1"], "before")
-    made.finish("first", {"served_after": "after"})
-    made.acknowledge("second", [target(2), target(3)], [], None)
+    made.acknowledge(asked("first", target(1), nodes=("0", "1"), served="before"))
+    made.finish({"first": {"served_after": "after"}})
+    made.acknowledge(asked("second", target(2), target(3)))
     made.append("served", {"digests": {"0": "after"}})
     return made
 
@@ -104,9 +110,9 @@ def test_a_request_is_written_whole_or_not_at_all(
 ) -> None:
     before = state(ledger)
     with pytest.raises(RunError):
-        ledger.acknowledge(request_id, targets, ["0"], None)
+        ledger.acknowledge(asked(request_id, *targets, nodes=("0",)))
     assert state(ledger) == before
-    ledger.acknowledge("new", [target(7)], [], None)
+    ledger.acknowledge(asked("new", target(7)))
     assert ledger.check_chain() == []
 
 
@@ -260,8 +266,8 @@ def test_a_head_left_behind_by_a_crash_is_no_problem(ledger: Ledger) -> None:
     "use",
     [
         lambda ledger: ledger.append("served", {}),
-        lambda ledger: ledger.acknowledge("third", [target(5)], [], None),
-        lambda ledger: ledger.finish("second", {}),
+        lambda ledger: ledger.acknowledge(asked("third", target(5))),
+        lambda ledger: ledger.finish({"second": {}}),
     ],
     ids=["append", "acknowledge", "finish"],
 )
@@ -321,7 +327,7 @@ def test_a_full_disk_acknowledges_nothing(ledger: Ledger) -> None:
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
     many = [target(number) for number in range(100, 1500)]
     with pytest.raises(RunError, match="full"):
-        ledger.acknowledge("third", many, [], None)
+        ledger.acknowledge(asked("third", *many))
     assert state(ledger) == before
     assert ledger.check_chain() == []
 

@@ -16,7 +16,9 @@ from llm_unlearn import files
 from llm_unlearn.data.partition import SliceName
 from llm_unlearn.data.records import Record
 from llm_unlearn.exact.adapters import WEIGHTS_NAME, file_digest, served_digest, to_bytes
-from llm_unlearn.exact.deletion import dependent_nodes, resolve
+from llm_unlearn.exact.asks import Ask
+from llm_unlearn.exact.deletion import make_request
+from llm_unlearn.exact.resolving import find_subjects
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.store import WORDS_NAME
 from llm_unlearn.exact.verification import Check
@@ -324,10 +326,9 @@ def open_key(run: S3TRun, _before: Path) -> None:
 
 
 def leave_pending(run: S3TRun, _before: Path) -> None:
-    targets, _, _ = resolve(run.directory, ["person 4"])
-    run.directory.ledger.acknowledge(
-        "killed", targets, dependent_nodes(run.directory, targets), None
-    )
+    ask = Ask(("person 4",))
+    targets = find_subjects(run.directory, [ask]).targets["person 4"]
+    run.directory.ledger.acknowledge(make_request(run.directory, ask, targets, (), None))
 
 
 def truncate_ledger(run: S3TRun, _before: Path) -> None:
@@ -426,7 +427,7 @@ PLANTED: dict[str, tuple[Callable[[S3TRun, Path], None], str, str]] = {
     "a certificate removed": (remove_certificate, "certificates", "is missing"),
     "a temporary file": (temporary_file, "residues", r"\.tmp-0123 was left by a crash"),
     "a key that others can read": (open_key, "residues", r"secret.key is readable .*644"),
-    "a pending request": (leave_pending, "ledger", "killed was acknowledged but not carried out"),
+    "a pending request": (leave_pending, "ledger", "was acknowledged but not carried out"),
     "a ledger cut short": (truncate_ledger, "ledger", "truncated"),
 }  # fmt: skip
 
