@@ -68,6 +68,11 @@ class Address:
             raise RunError(f"{path} is damaged: restore it from a backup") from None
         return address
 
+    def is_that_of(self, run: Path) -> bool:
+        """Does the run keep its ledger under this URL?"""
+        stored = Address.read(run)
+        return stored is not None and stored.url == self.url
+
     def write(self, run: Path) -> None:
         files.write_bytes(run / ADDRESS_NAME, json.dumps(asdict(self), indent=2).encode())
 

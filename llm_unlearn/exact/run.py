@@ -12,6 +12,7 @@ from llm_unlearn.exact.asks import Ask
 from llm_unlearn.exact.blocks import describe_split
 from llm_unlearn.exact.certificates import certificate_path, read_certificate
 from llm_unlearn.exact.deletion import Deletion, delete, delete_all, depths_served, settle
+from llm_unlearn.exact.postgresql import ADDRESS_NAME, Address
 from llm_unlearn.exact.slices import Placement
 from llm_unlearn.exact.store import RunDirectory, read_key
 from llm_unlearn.exact.trie import Node, longest_surviving_prefix
@@ -113,6 +114,7 @@ class S3TRun:
         config = make_config(arguments, model_arguments)
         shape = make_shape(model, tokenizer, model_arguments)
         key = read_key(arguments.key_path) if arguments.key_path else None
+        ledger = Address.new(arguments.ledger_url) if arguments.ledger_url else None
         if (Path(path) / "run.json").exists():
             directory = RunDirectory.open(path)
             directory.ensure_same(config, shape)
@@ -122,9 +124,16 @@ class S3TRun:
                 raise UserError(
                     f"{path} was made without a permanent core: choose another --output_dir"
                 )
+            if ledger is not None and not ledger.is_that_of(directory.path):
+                raise UserError(
+                    f"{path} keeps its ledger elsewhere than --ledger_url: leave the flag out (when the "
+                    f"server has moved, edit {path}/{ADDRESS_NAME})"
+                )
             return cls(directory)
         if arguments.exact_method != "lego":
-            return cls(RunDirectory.create(path, records, config, shape, key, source, core))
+            return cls(
+                RunDirectory.create(path, records, config, shape, key, source, core, ledger=ledger)
+            )
         if core:
             raise UserError("--exact_method lego has no permanent core")
         from llm_unlearn.exact.keys import Keys
@@ -133,7 +142,7 @@ class S3TRun:
         config = replace(config, keys=keys.digest)
         placement = Placement(keys.placement(model, tokenizer, config.max_length), keys.to_bytes())
         directory = RunDirectory.create(
-            path, records, config, shape, key, source, placement=placement
+            path, records, config, shape, key, source, placement=placement, ledger=ledger
         )
         return cls(directory)
 
