@@ -128,6 +128,10 @@ class Database:
             yield
         except DBAPIError as error:
             raise RunError(self._explain(error)) from None
+        except UnicodeDecodeError:  # an error message of SQLite about names that are none any more
+            raise RunError(
+                "the ledger is damaged (its tables have no names): restore it from a backup"
+            ) from None
 
     def _explain(self, error: DBAPIError) -> str:
         """One line that says what to do."""
