@@ -43,3 +43,11 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """Where a ledger can be made: on either database."""
     on_server = request.param == "postgresql"
     return Place(tmp_path, request.getfixturevalue("postgresql") if on_server else None)
+
+
+@pytest.fixture(scope="module")
+def without_fsync() -> Iterator[None]:
+    """Waiting for the disk would be most of the time, and these tests do not cut the power."""
+    original, os.fsync = os.fsync, lambda _descriptor: None
+    yield
+    os.fsync = original

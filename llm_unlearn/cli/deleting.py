@@ -1,7 +1,9 @@
-"""delete."""
+"""delete, correct, records."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,10 +13,12 @@ from llm_unlearn.errors import UserError
 
 if TYPE_CHECKING:
     from llm_unlearn.exact.deletion import Deletion
+    from llm_unlearn.exact.policy import Policy
+    from llm_unlearn.exact.run import S3TRun
 
 
 @app.command()
-def delete(
+def delete(  # noqa: PLR0913 - typer makes an option of every argument
     run: RunPath,
     subject: Annotated[
         list[str] | None, typer.Option(help="Subject to delete; repeatable.")
@@ -25,6 +29,15 @@ def delete(
             help="One subject a line, or JSON lines: subject, reason, deadline, idempotency_key."
         ),
     ] = None,
+    reason: Annotated[
+        str | None, typer.Option(help="Why, for the ledger; with --subject. Nobody's name.")
+    ] = None,
+    deadline: Annotated[
+        str | None, typer.Option(help="By when, such as 2026-12-31; with --subject.")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Asked again under it, nothing is done twice.")
+    ] = None,
     with_duplicates: Annotated[
         bool, typer.Option(help="Also delete other subjects' records with the same text.")
     ] = False,
@@ -34,24 +47,107 @@ def delete(
     rebuild: Annotated[
         bool, typer.Option(help="Then train what the deletion took, without it.")
     ] = False,
+    policy: Annotated[
+        Path | None, typer.Option(help="What is trained afterwards, and when (RUN/policy.toml).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Delete subjects exactly, all or none: what is served afterwards never saw them."""
-    from llm_unlearn.exact.asks import Ask, read_asks
+    from llm_unlearn.exact.asks import make_ask, read_asks
 
     opened = open_run(run)
-    asks = [Ask(tuple(subject))] if subject else []
+    asks = [make_ask(subject, reason, deadline, idempotency_key)] if subject else []
     asks += read_asks(from_file) if from_file else []
     if not asks:
         raise UserError("name at least one subject to delete: --subject NAME, or --from-file FILE")
+    chosen = _policy(opened, policy, rebuild)
     done = opened.delete_all(asks, with_duplicates, dry_run)
-    trained = rebuild_run(opened, quiet=as_json) if rebuild and not dry_run else None
+    if not as_json:
+        _print_deletion(done, dry_run)
+    after = _follow(opened, chosen, quiet=as_json) if done.requests else {}
     if as_json:
-        console.print_json({**done.to_dict(), "dry_run": dry_run, "rebuilt_nodes": trained})
+        console.print_json({**done.to_dict(), "dry_run": dry_run, "rebuilt_nodes": None, **after})
+
+
+@app.command()
+def correct(
+    run: RunPath,
+    from_file: Annotated[
+        Path,
+        typer.Option(
+            help="JSON lines: subject, record (its id), the columns of the new text; reason, "
+            "deadline, idempotency_key."
+        ),
+    ],
+    rebuild: Annotated[
+        bool, typer.Option(help="Then train what the correction took, with the new text.")
+    ] = False,
+    policy: Annotated[
+        Path | None, typer.Option(help="What is trained afterwards, and when (RUN/policy.toml).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Replace records, all or none: what depended on the old ones goes as in a deletion."""
+    from llm_unlearn.exact.asks import read_corrections
+
+    opened = open_run(run)
+    corrections = read_corrections(from_file)
+    chosen = _policy(opened, policy, rebuild)
+    done = opened.correct(corrections)
+    made = [answer.request for answer in done.answers if answer.state == "corrected"]
+    if not as_json:
+        repeated = len(corrections) - len(made)
+        print(
+            f"corrected {len(made)} records in {done.seconds:.2f} s: {done.nodes_removed} nodes "
+            f"dropped; certificates: {run}/certificates"
+            + (
+                f"; {repeated} had been asked for under the same idempotency key"
+                if repeated
+                else ""
+            )
+        )
+    after = _follow(opened, chosen, quiet=as_json) if made else {}
+    if as_json:
+        console.print_json({**asdict(done), "rebuilt_nodes": None, **after})
+
+
+@app.command()
+def records(
+    run: RunPath,
+    subject: Annotated[str, typer.Option(help="Whose records.")],
+    as_json: Json = False,
+) -> None:
+    """The records of a subject with their ids, as the run holds them."""
+    held = open_run(run).records_of(subject)
+    if as_json:
+        console.print_json([asdict(record) for record in held])
         return
-    _print_deletion(done, dry_run)
-    if trained is not None:
-        print(f"rebuilt {trained} nodes without the deleted data")
+    for record in held:
+        print(f"{record.id}  {json.dumps(record.content, ensure_ascii=False)}")
+
+
+def _policy(opened: "S3TRun", path: Path | None, rebuild: bool) -> "Policy":
+    """Read before anything is deleted, so that a mistake in it changes nothing."""
+    from llm_unlearn.exact.policy import REBUILD, Policy, read_policy
+
+    return Policy(after_deletion=REBUILD) if rebuild else read_policy(opened.directory, path)
+
+
+def _follow(opened: "S3TRun", policy: "Policy", quiet: bool) -> dict[str, Any]:
+    """Do what the policy says after a deletion; returns what JSON says of it."""
+    from llm_unlearn.exact.policy import BACKGROUND, REBUILD, decide, rebuild_in_background
+
+    decision = decide(opened.directory, policy)
+    if decision.action == REBUILD:
+        trained = rebuild_run(opened, quiet)
+        if not quiet:
+            print(f"rebuilt {trained} nodes without the deleted data ({decision.reason})")
+        return {"rebuilt_nodes": trained, "policy": asdict(decision)}
+    if decision.action == BACKGROUND:
+        log = rebuild_in_background(opened.directory)
+        if not quiet:
+            print(f"rebuilding in the background ({decision.reason}); log: {log}")
+    return {"policy": asdict(decision)}
 
 
 def _print_deletion(done: "Deletion", dry_run: bool) -> None:

@@ -1,5 +1,7 @@
 """plan, status, rebuild, verify."""
 
+from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,6 +89,9 @@ def _print_status(current: "RunStatus") -> None:
         f"{current.requests} requests, {current.pending_requests} pending, "
         f"{current.deleted_subjects} subjects deleted; {current.storage_bytes / 1e6:.1f} MB on disk"
     )
+    _print_deadlines(current)
+    for copy in current.outstanding_copies:
+        console.warn(f"a copy outside holds deleted data: {copy.kind} {copy.place} ({copy.id})")
     if current.core_records is not None:
         print(f"permanent core: {current.core_records} records, which cannot be deleted")
     if not current.is_served:
@@ -99,6 +104,16 @@ def _print_status(current: "RunStatus") -> None:
         print(f"to train what is missing: llm-unlearn rebuild {current.path}")
     for warning in current.warnings:
         console.warn(warning)
+
+
+def _print_deadlines(current: "RunStatus") -> None:
+    states = Counter(entry.state for entry in current.deadlines)
+    if states:
+        print("deadlines: " + ", ".join(f"{count} {state}" for state, count in states.items()))
+    for entry in current.deadlines:
+        if entry.state in ("open", "overdue"):
+            due = datetime.fromtimestamp(entry.deadline, UTC)
+            console.warn(f"request {entry.request} is {entry.state}: due {due:%Y-%m-%d %H:%M} UTC")
 
 
 @app.command()

@@ -189,19 +189,20 @@ def _identity(base: bytes, repetition: int) -> str:
     return hashlib.sha256(base + str(repetition).encode()).hexdigest()[:32]
 
 
-def make_record(row: Mapping[str, Any], subject: str, taken: Container[str] = ()) -> Record:
-    """One row as a record of a subject, with the id that `make_records` would give it.
+def make_record(row: Mapping[str, Any], subject: str | None, taken: Container[str] = ()) -> Record:
+    """One row as a record, with the id that `make_records` would give it.
 
     Args:
+        subject: None for a record that is its own subject.
         taken: ids that it must not have: the next one that is free is taken.
 
     Raises:
         UserError: unknown columns or an empty text.
     """
-    (made,) = make_records([{**row, "subject": subject}], subject_column="subject")
+    (made,) = make_records([row])
     base = canonical([subject, made.content])
-    free = (name for name in (_identity(base, n) for n in count()) if name not in taken)
-    return replace(made, id=next(free))
+    identity = next(name for name in (_identity(base, n) for n in count()) if name not in taken)
+    return Record(identity, subject or identity, made.content)
 
 
 def make_records(

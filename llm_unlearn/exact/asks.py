@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -55,6 +55,26 @@ class Correction(Ask):
     def pseudonyms(self, key: PartitionKey) -> tuple[str, ...]:
         new = key.pseudonym("row", canonical(dict(self.row)).decode(errors="replace"))
         return (*super().pseudonyms(key), key.pseudonym("record", self.record), new)
+
+
+def make_ask(
+    subjects: Sequence[str],
+    reason: str | None = None,
+    deadline: str | None = None,
+    key: str | None = None,
+) -> Ask:
+    """One deletion, from the command line.
+
+    Raises:
+        UserError: the reason names a subject, or the deadline is no date.
+    """
+    try:
+        for subject in subjects:
+            _check_reason(reason, subject)
+        moment = None if deadline is None else parse_deadline(deadline)
+    except ValueError as error:
+        raise UserError(f"{error}. Nothing was deleted") from None
+    return Ask(tuple(subjects), reason, moment, key or None)
 
 
 def read_asks(path: Path) -> list[Ask]:
@@ -145,8 +165,7 @@ def _take_subject(row: dict[str, Any]) -> str:
 
 def _take_common(row: dict[str, Any], subject: str) -> dict[str, Any]:
     reason, key = row.pop("reason", None), row.pop("idempotency_key", None)
-    if reason is not None:
-        _check_reason(reason, subject)
+    _check_reason(reason, subject)
     if key is not None and (not isinstance(key, str) or not key):
         raise ValueError('"idempotency_key" must be text')
     deadline = row.pop("deadline", None)
@@ -158,6 +177,8 @@ def _take_common(row: dict[str, Any], subject: str) -> dict[str, Any]:
 
 
 def _check_reason(reason: object, subject: str) -> None:
+    if reason is None:
+        return
     if not isinstance(reason, str) or len(reason) > LONGEST_REASON or not reason.isprintable():
         raise ValueError(f'"reason" must be one line of at most {LONGEST_REASON} characters')
     if re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", reason, re.IGNORECASE):

@@ -7,12 +7,14 @@ A certificate names the request by pseudonyms that only the run's key can make, 
 the digests of its files, so that anyone with the public key and the adapter can check it.
 """
 
+import hashlib
 import platform
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.data.partition import SliceName, merkle_root
 from llm_unlearn.errors import UserError
@@ -22,7 +24,17 @@ from llm_unlearn.exact.environment import describe_software
 from llm_unlearn.exact.ledger import Request
 from llm_unlearn.exact.served import digest_of_served, read_lineage
 from llm_unlearn.exact.store import RunDirectory
-from llm_unlearn.signing import PUBLIC_NAME, PublicKey, Signer, statement, unverified
+from llm_unlearn.signing import (
+    PUBLIC_NAME,
+    PublicKey,
+    SignatureError,
+    Signer,
+    statement,
+    unverified,
+)
+
+if TYPE_CHECKING:
+    from llm_unlearn.exact.verification import Check
 
 PREDICATE_TYPE = "https://llm-unlearn.github.io/deletion/v1"
 SERVED = "served"
@@ -66,15 +78,32 @@ class Outcome:
     remaining: Mapping[SliceName, int]
 
 
+CERTIFIED = "certified"
+"""Kind of the event that logs a certificate that was made anew."""
+
+
+def certificates_logged(run: RunDirectory) -> dict[str, list[str]]:
+    """By request, SHA-256 of its certificates as the ledger knows them, the present one last."""
+    logged: dict[str, list[str]] = defaultdict(list)
+    for event in [*run.ledger.events("deleted"), *run.ledger.events(CERTIFIED)]:
+        logged[event.payload["request"]].append(event.payload["certificate"])
+    return logged
+
+
 def certificate_path(run: RunDirectory, request_id: str) -> Path:
     return run.path / "certificates" / f"{request_id}.json"
 
 
 class Certifier:
-    """Makes the certificates of the requests that are settled together."""
+    """Makes the certificates of the requests that are settled together.
 
-    def __init__(self, run: RunDirectory, outcome: Outcome):
+    Args:
+        replayed: what training every served node again found, if that was done.
+    """
+
+    def __init__(self, run: RunDirectory, outcome: Outcome, replayed: "Check | None" = None):
         self.run = run
+        self.replayed = replayed
         self.signer = Signer.of(run.path)
         self.outcome = outcome
         self.subject = served_files(run)
@@ -84,10 +113,11 @@ class Certifier:
     def certificate(self, request: Request) -> bytes:
         """The signed certificate of one request."""
         core = _core_entry(self.run, request)
-        components = {"parameters": "structural", "who answers": "structural"}
+        proven = "dense" if self._is_dense() else "structural"
+        components = {"parameters": proven, "who answers": proven}
         if core:
             kept = core["core"]["records_of_the_deleted"]
-            components["permanent core"] = "none" if kept else "structural"
+            components["permanent core"] = "none" if kept else proven
         checks = [*self.common["checks"], self._records_check(request)]
         if not all(check["passed"] for check in checks):
             components["checks"] = "none"
@@ -99,6 +129,11 @@ class Certifier:
             "components": components,
         }
         return self.signer.sign(statement(PREDICATE_TYPE, self.subject, predicate))
+
+    def _is_dense(self) -> bool:
+        """Was every served node trained again, with the same bits?"""
+        examined = self.replayed.examined if self.replayed and self.replayed.passed else 0
+        return 0 < examined == len(self.outcome.served_nodes)
 
     def _common(self) -> dict[str, Any]:
         run, outcome = self.run, self.outcome
@@ -119,6 +154,7 @@ class Certifier:
             "checks": [
                 {"name": "served lineage holds wanted nodes only", "passed": clean},
                 {"name": "no node that depends on deleted data is left", "passed": not stale_nodes},
+                *self._replay_check(),
             ],
             "purged": dict(outcome.purged),
             "outstanding_copies": {
@@ -134,6 +170,12 @@ class Certifier:
             "software": describe_software(),
             "hardware": {"machine": platform.machine(), "system": platform.system()},
         }
+
+    def _replay_check(self) -> list[dict[str, Any]]:
+        if self.replayed is None:
+            return []
+        name = f"{self.replayed.examined} of {len(self.outcome.served_nodes)} served nodes trained again: equal bits"
+        return [{"name": name, "passed": self.replayed.passed}]
 
     def _records_check(self, request: Request) -> dict[str, Any]:
         places = {SliceName(target.shard, target.slice) for target in request.targets}
@@ -218,7 +260,10 @@ def read_certificate(path: Path) -> dict[str, Any]:
         UserError: there is no such file.
         SignatureError: it is no certificate.
     """
-    _, said = unverified(_bytes_of(path))
+    try:
+        _, said = unverified(_bytes_of(path))
+    except SignatureError as error:
+        raise SignatureError(f"{path}: {error}") from None
     return said
 
 
@@ -240,7 +285,10 @@ def verify_certificate(
     signed = _bytes_of(path)
     source = key or _key_beside(path, run)
     public = PublicKey.open(source)
-    said = public.read(signed)
+    try:
+        said = public.read(signed)
+    except SignatureError as error:
+        raise SignatureError(f"{path} does not hold: {error}") from None
     verdict = Verdict(said, public.fingerprint)
     if key is None:
         verdict.notes.append(
@@ -306,7 +354,8 @@ def _compare_run(path: Path, signed: bytes, predicate: Mapping[str, Any]) -> lis
     if predicate.get("run") != run.key.salt_id:
         return [f"it is the certificate of another run than {path}"]
     held = certificate_path(run, str(predicate.get("request")))
-    logged = {e.payload["request"]: e.payload for e in run.ledger.events("deleted")}
-    if predicate.get("request") not in logged or not held.is_file():
-        return [f"{path} knows no such request"]
-    return [] if held.read_bytes() == signed else [f"{held} is another one"]
+    logged = certificates_logged(run).get(str(predicate.get("request")), [])
+    if hashlib.sha256(signed).hexdigest() not in logged:
+        return [f"{path} has issued no such certificate"]
+    is_last = hashlib.sha256(signed).hexdigest() == logged[-1]
+    return [] if is_last else [f"{path} has issued a newer certificate of this request: {held}"]

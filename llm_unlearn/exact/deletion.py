@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_unlearn import files
 from llm_unlearn.data.partition import SliceName
@@ -20,11 +20,14 @@ from llm_unlearn.errors import UserError
 from llm_unlearn.exact import copies as outside
 from llm_unlearn.exact import residues
 from llm_unlearn.exact.asks import Ask
-from llm_unlearn.exact.certificates import Certifier, Outcome, certificate_path
+from llm_unlearn.exact.certificates import CERTIFIED, Certifier, Outcome, certificate_path
 from llm_unlearn.exact.ledger import Request, Target
 from llm_unlearn.exact.resolving import Found, copy_targets, dependents, find_subjects, nodes_of
 from llm_unlearn.exact.served import depth_of, digest_of_served, read_lineage, serve
 from llm_unlearn.exact.store import RunDirectory
+
+if TYPE_CHECKING:
+    from llm_unlearn.exact.verification import Check
 
 DELETED, DELETED_BEFORE, ASKED_BEFORE = "deleted", "deleted before", "asked before"
 
@@ -227,13 +230,16 @@ def make_request(
     targets: Sequence[Target],
     nodes: tuple[str, ...],
     served: str | None,
+    inserted: tuple[Target, ...] = (),
 ) -> Request:
-    """The request of an ask, for the ledger."""
+    """The request of an ask, for the ledger; a correction if something is inserted."""
     return Request(
         id=secrets.token_hex(8),
         targets=tuple(targets),
         nodes=nodes,
         served_before=served,
+        kind="correct" if inserted else "delete",
+        inserted=inserted,
         reason=ask.reason,
         deadline=ask.deadline,
         idempotency=run.key.pseudonym("key", ask.key) if ask.key else None,
@@ -305,16 +311,28 @@ def _change_records(run: RunDirectory, pending: Sequence[Request]) -> dict[Slice
             inserted[SliceName(target.shard, target.slice)].append(record)
     for name in sorted(tombstones.keys() | inserted.keys()):
         run.slices.rewrite(name, tombstones[name], inserted[name])
-    return {name: run.slices.count_of(name, gone) for name, gone in tombstones.items()}
+    return count_remaining(run, pending)
+
+
+def count_remaining(run: RunDirectory, requests: Sequence[Request]) -> dict[SliceName, int]:
+    """By slice, how many records are there that some requests have deleted."""
+    gone: dict[SliceName, dict[str, set[str]]] = defaultdict(
+        lambda: {"subject": set(), "record": set()}
+    )
+    for request in requests:
+        for target in request.targets:
+            gone[SliceName(target.shard, target.slice)][target.kind].add(target.pseudonym)
+    return {
+        name: run.slices.count_of(name, kinds["subject"], kinds["record"])
+        for name, kinds in gone.items()
+    }
 
 
 def _certify(run: RunDirectory, pending: Sequence[Request], outcome: Outcome) -> None:
     """Write the certificates of all requests, then finish them in one transaction."""
     certifier = Certifier(run, outcome)
     signed = {request.id: certifier.certificate(request) for request in pending}
-    files.write_many(
-        run.path / "certificates", {f"{name}.json": data for name, data in signed.items()}
-    )
+    _write_certificates(run, signed)
     served = digest_of_served(run)
     run.ledger.finish(
         {
@@ -322,3 +340,46 @@ def _certify(run: RunDirectory, pending: Sequence[Request], outcome: Outcome) ->
             for name, data in signed.items()
         }
     )
+
+
+def _write_certificates(run: RunDirectory, signed: Mapping[str, bytes]) -> None:
+    folder = run.path / "certificates"
+    files.write_many(folder, {f"{name}.json": data for name, data in signed.items()})
+
+
+def renew(
+    run: RunDirectory, request_ids: Sequence[str], replayed: "Check | None" = None
+) -> list[Path]:
+    """Certify requests again, as things are now: after a rebuild, a replay, a purge of copies.
+
+    What did not change is not hashed again: digests come from headers and lineages.
+
+    Args:
+        replayed: what training every served node again found.
+
+    Raises:
+        UserError: no such request, or one that is not carried out yet.
+    """
+    with run.changing("certifying what it deleted"):
+        settle(run)
+        known = {request.id: request for request in run.ledger.requests()}
+        if missing := [name for name in request_ids if name not in known]:
+            raise UserError(
+                f"{run.path} knows no request {missing[0]!r}: `llm-unlearn report` lists them"
+            )
+        chosen = [known[name] for name in request_ids]
+        outcome = Outcome(
+            wanted=frozenset(run.wanted()),
+            served_nodes=tuple(outside.nodes_served(run)),
+            depths=depths_served(run),
+            purged={},
+            remaining=count_remaining(run, chosen),
+        )
+        certifier = Certifier(run, outcome, replayed)
+        signed = {request.id: certifier.certificate(request) for request in chosen}
+        # Logged first: killed in between, the older one still stands, and is known as well.
+        for name, data in signed.items():
+            sha = hashlib.sha256(data).hexdigest()
+            run.ledger.append(CERTIFIED, {"request": name, "certificate": sha})
+        _write_certificates(run, signed)
+    return [certificate_path(run, request.id) for request in chosen]

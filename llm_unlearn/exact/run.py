@@ -1,22 +1,27 @@
 """`S3TRun`: the one object that a program needs, thin over the rest of `exact`."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_unlearn import files
 from llm_unlearn.data.partition import CORE, SliceName, describe_sizes
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
-from llm_unlearn.exact.asks import Ask
+from llm_unlearn.exact.asks import Ask, Correction
 from llm_unlearn.exact.blocks import describe_split
 from llm_unlearn.exact.certificates import certificate_path, read_certificate
-from llm_unlearn.exact.deletion import Deletion, delete, delete_all, depths_served, settle
+from llm_unlearn.exact.copies import Copy, nodes_served, outstanding
+from llm_unlearn.exact.correction import Corrected, correct
+from llm_unlearn.exact.deletion import Deletion, delete, delete_all, depths_served, renew, settle
+from llm_unlearn.exact.ledger import Request
 from llm_unlearn.exact.postgresql import ADDRESS_NAME, Address
 from llm_unlearn.exact.slices import Placement
 from llm_unlearn.exact.store import RunDirectory, read_key
 from llm_unlearn.exact.trie import Node, longest_surviving_prefix
-from llm_unlearn.exact.verification import Check, replay_nodes, verify
+from llm_unlearn.exact.verification import Check, choose_nodes, replay_nodes, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +48,23 @@ class ShardStatus:
 
 
 @dataclass(frozen=True)
+class Deadline:
+    """A request that has a deadline, soonest first in a status.
+
+    Attributes:
+        deadline: seconds since the epoch, like `finished_at` (None while it is pending).
+        state: `met`, `missed`; or, while it is pending or a copy outside holds what it deleted,
+            `open` or `overdue`.
+    """
+
+    request: str
+    reason: str | None
+    deadline: float
+    finished_at: float | None
+    state: str
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """What a run holds now. `to_dict` is what `--json` prints."""
 
@@ -58,9 +80,11 @@ class RunStatus:
     storage_bytes: int
     warnings: list[str]
     core_records: int | None = None
+    deadlines: list[Deadline] = field(default_factory=list)
+    outstanding_copies: list[Copy] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "shards": [vars(shard) for shard in self.shards]}
+        return asdict(self)
 
 
 class S3TRun:
@@ -212,6 +236,26 @@ class S3TRun:
         """Delete what is asked for, a request each; see `llm_unlearn.exact.deletion.delete_all`."""
         return delete_all(self.directory, asks, with_duplicates, dry_run)
 
+    def correct(self, corrections: Sequence[Correction]) -> Corrected:
+        """Replace records, all or none; see `llm_unlearn.exact.correction.correct`."""
+        return correct(self.directory, corrections)
+
+    def records_of(self, subject: str) -> list[Record]:
+        """A subject's records.
+
+        Raises:
+            UserError: nobody of that name is held.
+        """
+        slices = self.directory.slices
+        held = {
+            record.id: record
+            for name, here in slices.homes([subject]).items()
+            for record in slices.read(name, here)
+        }
+        if not held:
+            raise UserError(f"no such subject in {self.path}: {subject!r}")
+        return list(held.values())
+
     def settle(self) -> None:
         """Carry out requests that a crash left acknowledged but unfinished."""
         with self.directory.changing("finishing a deletion in it"):
@@ -220,12 +264,19 @@ class S3TRun:
     def verify(self, replay: int = 0) -> list[Check]:
         """All file checks, and `replay` random nodes trained again and compared."""
         checks = verify(self.directory)
-        return [*checks, replay_nodes(self.directory, replay)] if replay else checks
+        if not replay:
+            return checks
+        return [*checks, replay_nodes(self.directory, choose_nodes(self.directory, replay))]
 
     def status(self) -> RunStatus:
-        """What the run holds now, derived from its files."""
+        """What the run holds now, derived from its files, all of one moment."""
+        with self.directory.changing("changing it"):
+            return self._status()
+
+    def _status(self) -> RunStatus:
         directory = self.directory
         requests = directory.ledger.requests()
+        copies = outstanding(directory)
         return RunStatus(
             path=str(directory.path),
             base_model=directory.shape.name_or_path,
@@ -241,9 +292,11 @@ class S3TRun:
             deleted_subjects=len(
                 {t.pseudonym for r in requests for t in r.targets if t.kind == "subject"}
             ),
-            storage_bytes=sum(p.stat().st_size for p in directory.path.rglob("*") if p.is_file()),
+            storage_bytes=files.tree_bytes(directory.path),
             warnings=self.warnings(),
             core_records=directory.slices.header(CORE).records if directory.core else None,
+            deadlines=_deadlines(requests, copies),
+            outstanding_copies=copies,
         )
 
     def _shard_status(self, shard: int, served_depth: int) -> ShardStatus:
@@ -273,6 +326,20 @@ class S3TRun:
         seconds = {event.payload["node"]: event.payload["seconds"] for event in events}
         return sum(seconds.get(key, 0.0) for key in self.directory.wanted())
 
+    def renew(self, requests: Sequence[str], replay: bool = False) -> list[Path]:
+        """Certify requests again, as things are now; returns the certificates.
+
+        Args:
+            replay: train every served node again first and compare bits, which is what the class
+                `dense` needs.
+
+        Raises:
+            UserError: no such request.
+        """
+        self.settle()
+        found = replay_nodes(self.directory, nodes_served(self.directory)) if replay else None
+        return renew(self.directory, requests, found)
+
     def certificate(self, request: str) -> dict[str, Any]:
         """What the certificate of a request says."""
         return read_certificate(certificate_path(self.directory, request))["predicate"]
@@ -285,6 +352,22 @@ class S3TRun:
         model, tokenizer = load_base_of(self.directory)
         rule = self.directory.config.rule
         return ShardEnsemble.from_run(model, self.directory.served, rule, tokenizer)
+
+
+def _deadlines(requests: Sequence[Request], copies: Sequence[Copy]) -> list[Deadline]:
+    stale = {node for copy in copies for node in copy.nodes}
+    found = []
+    for request in requests:
+        if request.deadline is None:
+            continue
+        if request.finished_at is not None and stale.isdisjoint(request.nodes):
+            state = "met" if request.finished_at <= request.deadline else "missed"
+        else:
+            state = "open" if time.time() <= request.deadline else "overdue"
+        found.append(
+            Deadline(request.id, request.reason, request.deadline, request.finished_at, state)
+        )
+    return sorted(found, key=lambda entry: entry.deadline)
 
 
 def _depth(path: list[Node]) -> int:

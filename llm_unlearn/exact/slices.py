@@ -264,12 +264,18 @@ class SliceStore:
             self.path(name).parent.rename(doomed)
             files.remove(doomed)
 
-    def count_of(self, name: SliceName, tombstones: set[str]) -> int:
-        """How many records of a slice the tombstones name."""
+    def count_of(self, name: SliceName, subjects: set[str], records: set[str]) -> int:
+        """How many records of a slice the tombstones of some subjects and records name."""
         if self._is_gone(name):
             return 0
         try:
-            return sum(self._are_gone(list(self.lines(name)), tombstones))
+            lines = list(self.lines(name))
+            held = self._pseudonyms(lines)
+            counts = Counter(map(_quoted_subject, lines))
+            left = sum(counts[subject] for subject, name in held.items() if name in subjects)
+            if records:
+                left += sum(self._are_gone(lines, records))
+            return left
         except (ValueError, TypeError):
             raise self._damaged(name) from None
 
@@ -318,13 +324,18 @@ class SliceStore:
     def _are_gone(self, lines: list[bytes], tombstones: set[str]) -> list[bool]:
         """Which lines the tombstones name; one by one only if some name no subject held here."""
         subjects = [_quoted_subject(line) for line in lines]
-        pseudonyms = {
-            subject: self.key.pseudonym("subject", json.loads(subject)) for subject in set(subjects)
-        }
+        pseudonyms = self._pseudonyms(lines)
         if tombstones.issubset(pseudonyms.values()):
             return [pseudonyms[subject] in tombstones for subject in subjects]
         is_gone = self.matcher(tombstones)
         return [is_gone(Record.from_line(line)) for line in lines]
+
+    def _pseudonyms(self, lines: list[bytes]) -> dict[bytes, str]:
+        """The pseudonyms of the lines' subjects, by the subject as it is written there."""
+        return {
+            subject: self.key.pseudonym("subject", json.loads(subject))
+            for subject in set(map(_quoted_subject, lines))
+        }
 
     def matcher(self, tombstones: set[str]) -> Callable[[Record], bool]:
         """Predicate: is the record, or its subject, named by one of the tombstones?"""

@@ -9,7 +9,7 @@ import json
 import random
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,7 +32,7 @@ from llm_unlearn.exact.adapters import (
     split,
     to_bytes,
 )
-from llm_unlearn.exact.certificates import certificate_path
+from llm_unlearn.exact.certificates import certificate_path, certificates_logged
 from llm_unlearn.exact.postgresql import ADDRESS_NAME
 from llm_unlearn.exact.served import members_served, read_lineage, words_path
 from llm_unlearn.exact.store import KEYS_NAME, MANIFEST_NAME, RunDirectory
@@ -146,14 +146,15 @@ def check_certificates(run: RunDirectory) -> Check:
     """Every request that was carried out has its certificate, as it was written and signed."""
     check = Check("certificates")
     public = run.path / PUBLIC_NAME
-    for event in run.ledger.events("deleted"):
-        check.examined += 1
-        path = certificate_path(run, event.payload["request"])
+    logged = certificates_logged(run)
+    check.examined = len(logged)
+    for request, issued in logged.items():
+        path = certificate_path(run, request)
         if not path.is_file():
             check.problems.append(f"{path.name} is missing")
             continue
         signed = path.read_bytes()
-        if hashlib.sha256(signed).hexdigest() != event.payload["certificate"]:
+        if hashlib.sha256(signed).hexdigest() not in issued:
             check.problems.append(f"{path.name} is not the one that the ledger logged")
         try:
             PublicKey.open(public).read(signed)
@@ -284,11 +285,21 @@ def _guarded(check: Callable[[RunDirectory], Check], run: RunDirectory) -> Check
         return Check(name, problems=[f"cannot be checked: {error}"])
 
 
-def replay_nodes(run: RunDirectory, count: int, seed: int | None = None) -> Check:
-    """Train `count` random nodes (or all, if there are fewer) again and compare their bits.
+def choose_nodes(run: RunDirectory, count: int, seed: int | None = None) -> list[str]:
+    """Keys of `count` random nodes, or of all, if there are fewer."""
+    wanted = run.wanted()
+    keys = [key for key in run.nodes.keys() if key in wanted]
+    return random.Random(seed).sample(keys, min(count, len(keys)))
+
+
+def replay_nodes(run: RunDirectory, chosen: Sequence[str]) -> Check:
+    """Train nodes again and compare their bits.
 
     Nodes that were trained in another environment (versions, processor, threads, processes) are
     not compared; the check says so.
+
+    Args:
+        chosen: their keys.
     """
     from llm_unlearn.exact.base_model import load_base_of
     from llm_unlearn.exact.environment import describe_environment
@@ -296,8 +307,6 @@ def replay_nodes(run: RunDirectory, count: int, seed: int | None = None) -> Chec
 
     check = Check("replay")
     wanted = run.wanted()
-    keys = [key for key in run.nodes.keys() if key in wanted]
-    chosen = random.Random(seed).sample(keys, min(count, len(keys)))
     if not chosen:
         check.skipped = "no node has been trained"
         return check

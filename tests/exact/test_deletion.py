@@ -41,12 +41,7 @@ STUB_BASE: Any = StubBase()
 SHAPE: dict[str, Any] = {"num_shards": 2, "num_slices": 3, "num_sequences": 2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_fsync() -> Iterator[None]:
-    """Waiting for the disk would be most of the time, and no test here cuts the power."""
-    original, os.fsync = os.fsync, lambda _descriptor: None
-    yield
-    os.fsync = original
+pytestmark = pytest.mark.usefixtures("without_fsync")
 
 
 @pytest.fixture(scope="module")
