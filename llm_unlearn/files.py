@@ -91,6 +91,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def tree_bytes(path: Path) -> int:
+    """Size of all files below a directory; others may write and remove some meanwhile."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
+
+
 @contextlib.contextmanager
 def locked(path: Path, holder: str, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
     """Hold the lock file `path`. It is freed by the operating system when the process dies.

@@ -1,6 +1,7 @@
 """What every recipe does before and after its own work: quick help, and words about processes."""
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -64,7 +65,8 @@ def parse_flags(parser: "TrlParser", argv: Sequence[str], partly: bool = False) 
     except (ValueError, TypeError) as error:
         raise UserError(_one_line(error)) from None
     if unknown and not partly:
-        raise UserError(f"unknown flag: {' '.join(unknown)} (see --help and --help_all)")
+        shown = re.sub(r"://[^@\s]*@", "://***@", " ".join(unknown))  # no password on the screen
+        raise UserError(f"unknown flag: {shown} (see --help and --help_all)")
     return tuple(parsed)
 
 

@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 
+from tests.exact.ledgers import DATABASES, Place
+from tests.postgres import Server, running_server
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 # Tiny models are fastest on one thread, and forking a test process is safe only then.
@@ -27,6 +29,20 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_model("llama").save_pretrained(path)
     make_tiny_tokenizer().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Server]:
+    """A PostgreSQL server; what needs it is skipped where none can be started."""
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(params=DATABASES)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """Where a ledger can be made: on either database."""
+    on_server = request.param == "postgresql"
+    return Place(tmp_path, request.getfixturevalue("postgresql") if on_server else None)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from peft import PeftModel
 from llm_unlearn.console import exit_code_of
 from llm_unlearn.data.partition import PartitionKey
 from llm_unlearn.exact.run import S3TRun
+from tests.postgres import Server
 from tests.tiny import load_tiny, make_rows, node_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,37 @@ def test_own_data_trains_resumes_and_rebuilds(
     assert run.status().shards[0].missing_nodes == 0
     assert run.status().shards[0].subjects == 11
     assert all(check.passed for check in run.verify())
+
+
+def test_the_ledger_goes_to_a_server(
+    tiny_base: Path,
+    data: Path,
+    tmp_path: Path,
+    postgresql: Server,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain = flags(tiny_base, data, tmp_path / "run", "--subject_column", "subject")
+    arguments = [*plain, "--ledger_url", postgresql.url()]
+    s3t(arguments)
+    s3t(arguments)
+    s3t(plain)  # the run knows where its ledger is
+    run = S3TRun.open(tmp_path / "run")
+    assert run.delete(["person 2"]).request
+    assert all(check.passed for check in run.verify())
+    assert not (run.path / "ledger.sqlite").exists()
+    assert "postgresql" not in (run.path / "run.json").read_text()
+    twin = flags(tiny_base, data, tmp_path / "twin", "--subject_column", "subject")
+    s3t([*twin, "--key_path", str(run.path / "secret.key")])
+    assert S3TRun.open(tmp_path / "twin").directory.identity == run.directory.identity
+    assert node_bytes(run).items() < node_bytes(S3TRun.open(tmp_path / "twin")).items()
+    capsys.readouterr()
+    for elsewhere in (plain, twin):
+        other = [*elsewhere, "--ledger_url", "postgresql://ada:hunter2@db/other"]
+        assert exit_code_of(lambda other=other: s3t(other)) == 2
+        error = capsys.readouterr().err
+        assert "keeps its ledger elsewhere than --ledger_url" in error and "hunter2" not in error
+    assert exit_code_of(lambda: s3t([*plain, "--ledgerurl", "postgresql://ada:hunter2@db/x"])) == 2
+    assert "hunter2" not in capsys.readouterr().err
 
 
 def test_a_core_is_trained_under_everything_and_warned_of(

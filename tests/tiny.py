@@ -44,6 +44,7 @@ from llm_unlearn.exact.arguments import S3TConfig, make_config, make_shape
 from llm_unlearn.exact.config import ModelShape, RunConfig
 from llm_unlearn.exact.keys import Keys
 from llm_unlearn.exact.node_training import NodeTask
+from llm_unlearn.exact.postgresql import Address
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.slices import Placement
 from llm_unlearn.exact.store import RunDirectory
@@ -263,6 +264,7 @@ def make_stub_run(
     records: list[Record],
     core: Sequence[Record] = (),
     placement: Placement | None = None,
+    ledger: Address | None = None,
     **options: Any,
 ) -> S3TRun:
     """A run for `stub_train_node`: same records, trie, ledger and files, no training."""
@@ -272,7 +274,14 @@ def make_stub_run(
     config = placed(config, placement)
     return S3TRun(
         RunDirectory.create(
-            path, records, config, tiny_shape(), key, core=core, placement=placement
+            path,
+            records,
+            config,
+            tiny_shape(),
+            key,
+            core=core,
+            placement=placement,
+            ledger=ledger,
         )
     )
 

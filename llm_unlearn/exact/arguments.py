@@ -48,6 +48,7 @@ NOT_STORED_PREFIXES = (
     "dataloader_",
     "dataset_",
 )
+HIDDEN_URL = "<LEDGER_URL>"
 
 # What would let one record's presence decide the bits of a node that it is not in, what would be
 # ignored without a word, and why.
@@ -182,6 +183,14 @@ class S3TConfig(SFTConfig):
         default=None,
         metadata={"help": "secret.key of another run, to reproduce its slices and bits."},
     )
+    ledger_url: str | None = field(
+        default=None,
+        repr=False,
+        metadata={
+            "help": "Keep the ledger on a PostgreSQL server: postgresql://USER@HOST/DATABASE, the password "
+            "in ~/.pgpass or PGPASSWORD (default: a SQLite file in the run)."
+        },
+    )
     learning_rate: float = field(
         default=2e-4, metadata={"help": "Peak learning rate of every node."}
     )
@@ -213,6 +222,14 @@ class S3TConfig(SFTConfig):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All flags as plain values, but for the ledger's URL, in which a password may stand."""
+        return super().to_dict() | {"ledger_url": self.ledger_url and HIDDEN_URL}
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text.replace(self.ledger_url, HIDDEN_URL) if self.ledger_url else text
 
 
 def check_arguments(arguments: S3TConfig, model_arguments: ModelConfig) -> None:

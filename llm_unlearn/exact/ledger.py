@@ -7,7 +7,6 @@ only, never a subject's name or text. Every event carries the digest of the one 
 
 import contextlib
 import json
-import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,43 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
-from sqlalchemy import event
-from sqlalchemy.exc import DatabaseError, OperationalError
 
-from llm_unlearn import files
-from llm_unlearn.data.records import canonical, digest
+from llm_unlearn.data.records import digest
 from llm_unlearn.errors import RunError
-
-GENESIS = "0" * 64
-BUSY_SECONDS = 30
-
-metadata = sql.MetaData()
-requests = sql.Table(
-    "requests",
-    metadata,
-    sql.Column("id", sql.String, primary_key=True),
-    sql.Column("idempotency", sql.String, unique=True),
-    sql.Column("acknowledged_at", sql.Float, nullable=False),
-    sql.Column("finished_at", sql.Float),
-    sql.Column("details", sql.Text, nullable=False),
+from llm_unlearn.exact import database as databases
+from llm_unlearn.exact.chain import (
+    GENESIS,
+    Link,
+    advance_head,
+    check_chain,
+    event_digest,
+    head_follows,
+    last_link,
+    read_head,
 )
-tombstones = sql.Table(
-    "tombstones",
-    metadata,
-    sql.Column("pseudonym", sql.String, primary_key=True),
-    sql.Column("request", sql.String, sql.ForeignKey("requests.id"), nullable=False),
-)
-events = sql.Table(
-    "events",
-    metadata,
-    sql.Column("sequence", sql.Integer, primary_key=True, autoincrement=False),
-    sql.Column("time", sql.Float, nullable=False),
-    sql.Column("kind", sql.String, nullable=False),
-    sql.Column("payload", sql.Text, nullable=False),
-    sql.Column("previous", sql.String, nullable=False),
-    sql.Column("digest", sql.String, nullable=False),
-)
+from llm_unlearn.exact.database import Database, LostCommitError, events, requests, tombstones
+from llm_unlearn.exact.postgresql import Address
 
+RETRY_SECONDS = 1.0
 COLUMNS = tuple(column.name for column in events.columns)
 
 
@@ -102,7 +82,7 @@ class Request:
             "inserted": [vars(target) for target in self.inserted],
         }
         moments = ("acknowledged_at", "finished_at")
-        return canonical({name: told[name] for name in told if name not in moments}).decode()
+        return ascii_json({name: told[name] for name in told if name not in moments})
 
 
 @dataclass(frozen=True)
@@ -115,47 +95,69 @@ class Event:
     digest: str
 
 
-def event_digest(sequence: int, moment: float, kind: str, payload: str, previous: str) -> str:
-    return digest([sequence, repr(moment), kind, payload, previous])
-
-
 class Ledger:
     """One ledger of one run.
 
     Args:
-        url: a SQLAlchemy URL; a SQLite file by default.
+        place: URL of a SQLite file, or where on a PostgreSQL server it is.
         head: file that remembers the length and last digest of the chain, to see a truncation.
     """
 
-    def __init__(self, url: str, head: Path):
+    def __init__(self, place: str | Address, head: Path):
         self.head = head
-        self.engine = sql.create_engine(
-            url, connect_args={"timeout": BUSY_SECONDS} if "sqlite" in url else {}
-        )
-        if self.engine.dialect.name == "sqlite":
-            event.listen(self.engine, "connect", _durable_sqlite)
-            event.listen(self.engine, "begin", _begin_immediate)
+        self.database = Database(place)
+
+    @classmethod
+    def of(cls, run: Path) -> "Ledger":
+        """The ledger of a run directory: on the server that it names, or in its own file."""
+        place = Address.read(run) or f"sqlite:///{run / 'ledger.sqlite'}"
+        return cls(place, run / "ledger.head")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sql.Connection]:
+        """Append and change, all of it or nothing; then the head remembers the last entry.
+
+        Raises:
+            RunError: nothing was changed; or the server was lost in the commit and stays away.
+        """
+        last, is_followed = None, False
         try:
-            with self.engine.begin() as connection:
+            with self.database.writing() as connection:
+                before = last_link(connection)
                 yield connection
-        except OperationalError as error:
-            reason = str(error.orig)
-            if "locked" in reason or "busy" in reason:
+                last = last_link(connection)
+                is_followed = last != before and head_follows(self.head, connection, before)
+        except LostCommitError:
+            if not self._was_committed(last):
                 raise RunError(
-                    "the ledger is locked by another process; nothing was changed, try again"
+                    "the connection to the ledger was lost; nothing was changed, try again"
                 ) from None
-            raise RunError(f"the ledger cannot be used ({reason}); nothing was changed") from None
-        except DatabaseError as error:
-            raise RunError(
-                f"the ledger is damaged ({error.orig}): restore it from a backup"
-            ) from None
+        if last and is_followed:
+            advance_head(self.head, last)
+
+    def _was_committed(self, last: Link | None) -> bool:
+        """Look a transaction up whose commit was not confirmed.
+
+        Under the ledger's lock, which the server holds until the transaction has ended either way.
+        """
+        if last is None:
+            return False
+        query = sql.select(events.c.digest).where(events.c.sequence == last.sequence)
+        end = time.monotonic() + databases.BUSY_SECONDS
+        while True:
+            try:
+                with self.database.writing() as connection:
+                    return connection.execute(query).scalar() == last.digest
+            except (RunError, LostCommitError):
+                if time.monotonic() > end:
+                    raise RunError(
+                        "the connection to the ledger was lost while it wrote, and whether it did is not known: "
+                        "run the command again when the server is back, which finds out and goes on"
+                    ) from None
+            time.sleep(RETRY_SECONDS)
 
     def create(self) -> None:
-        with self._transaction() as connection:
-            metadata.create_all(connection)
+        self.database.create()
 
     def acknowledge(self, *asked: Request) -> None:
         """Write requests, all of them or nothing. When this returns, they are on disk.
@@ -168,89 +170,80 @@ class Ledger:
                 raise RunError(
                     f"request {request.id} names a target twice: nothing was acknowledged"
                 )
-        moment = time.time()
         texts = {request.id: request.to_details() for request in asked}
-        rows = [
-            {
-                "id": request.id,
-                "idempotency": request.idempotency,
-                "acknowledged_at": moment,
-                "details": texts[request.id],
-            }
-            for request in asked
-        ]
+        payloads = [{"request": name, "details": digest(text)} for name, text in texts.items()]
         stones = [
             {"pseudonym": pseudonym, "request": request.id}
             for request in asked
             for pseudonym in dict.fromkeys(target.pseudonym for target in request.targets)
         ]
-        payloads = [{"request": name, "details": digest(text)} for name, text in texts.items()]
         with self._transaction() as connection:
+            moment = self._append(connection, "request", payloads)
+            rows = [
+                {
+                    "id": request.id,
+                    "idempotency": request.idempotency,
+                    "acknowledged_at": moment,
+                    "details": texts[request.id],
+                }
+                for request in asked
+            ]
             connection.execute(requests.insert(), rows)
             connection.execute(tombstones.insert(), stones)
-            self._append(connection, "request", payloads)
-        self._remember_head()
 
     def finish(self, done: Mapping[str, Mapping[str, Any]]) -> None:
         """Mark requests as carried out, and log what was done for each.
 
         Args:
             done: by the request's id, what the log says of it.
+
+        Raises:
+            RunError: one of them is not pending: none was marked.
         """
-        moment = time.time()
         payloads = [{"request": name, **payload} for name, payload in done.items()]
+        pending = (requests.c.id == sql.bindparam("request")) & requests.c.finished_at.is_(None)
         with self._transaction() as connection:
-            connection.execute(
-                requests.update()
-                .where(requests.c.id == sql.bindparam("request"))
-                .values(finished_at=moment),
+            moment = self._append(connection, "deleted", payloads)
+            marked = connection.execute(
+                requests.update().where(pending).values(finished_at=moment),
                 [{"request": name} for name in done],
             )
-            self._append(connection, "deleted", payloads)
-        self._remember_head()
+            if marked.rowcount != len(done):
+                raise RunError("a request that was carried out is not pending; nothing was changed")
 
     def append(self, kind: str, payload: Mapping[str, Any]) -> None:
         with self._transaction() as connection:
             self._append(connection, kind, [payload])
-        self._remember_head()
 
     def _append(
         self, connection: sql.Connection, kind: str, payloads: Sequence[Mapping[str, Any]]
-    ) -> None:
-        last = connection.execute(
-            sql.select(events).order_by(events.c.sequence.desc()).limit(1)
-        ).first()
-        sequence, previous = (last.sequence + 1, last.digest) if last else (0, GENESIS)
+    ) -> float:
+        """Append entries of one moment, which is returned."""
+        end, previous = last_link(connection) or (-1, GENESIS)
         rows, moment = [], time.time()
-        for payload in payloads:
-            text = canonical(payload).decode()
+        for sequence, payload in enumerate(payloads, start=end + 1):
+            text = ascii_json(payload)
             made = event_digest(sequence, moment, kind, text, previous)
             rows.append(
                 dict(zip(COLUMNS, (sequence, moment, kind, text, previous, made), strict=True))
             )
-            sequence, previous = sequence + 1, made
+            previous = made
         connection.execute(events.insert(), rows)
-
-    def _remember_head(self) -> None:
-        with self._transaction() as connection:
-            last = connection.execute(
-                sql.select(events).order_by(events.c.sequence.desc()).limit(1)
-            ).one()
-        files.write_bytes(self.head, canonical({"sequence": last.sequence, "digest": last.digest}))
+        return moment
 
     def requests(self, pending: bool = False) -> list[Request]:
         """All requests in the order of their acknowledgement, or only the unfinished ones."""
         query = sql.select(requests).order_by(requests.c.acknowledged_at, requests.c.id)
         if pending:
             query = query.where(requests.c.finished_at.is_(None))
-        with self._transaction() as connection:
+        with self.database.reading() as connection:
             rows = connection.execute(query).all()
         return [_request(row) for row in rows]
 
     def asked_under(self, keys: Sequence[str]) -> dict[str, Request]:
         """The requests that were asked for under these pseudonyms of idempotency keys."""
         found: list[sql.Row] = []
-        with self._transaction() as connection:
+        with self.database.reading() as connection:
             for start in range(0, len(keys), 500):
                 part = keys[start : start + 500]
                 query = sql.select(requests).where(requests.c.idempotency.in_(part))
@@ -260,7 +253,7 @@ class Ledger:
     def deleted(self, pseudonyms: list[str]) -> set[str]:
         """Those of the pseudonyms that have a tombstone."""
         found: set[str] = set()
-        with self._transaction() as connection:
+        with self.database.reading() as connection:
             for start in range(0, len(pseudonyms), 500):
                 part = pseudonyms[start : start + 500]
                 query = sql.select(tombstones.c.pseudonym).where(tombstones.c.pseudonym.in_(part))
@@ -268,74 +261,30 @@ class Ledger:
         return found
 
     def tombstones(self) -> set[str]:
-        with self._transaction() as connection:
+        with self.database.reading() as connection:
             return set(connection.execute(sql.select(tombstones.c.pseudonym)).scalars())
 
     def events(self, kind: str | None = None) -> list[Event]:
         query = sql.select(events).order_by(events.c.sequence)
         if kind is not None:
             query = query.where(events.c.kind == kind)
-        with self._transaction() as connection:
+        with self.database.reading() as connection:
             rows = connection.execute(query).all()
         return [
             Event(r.sequence, r.time, r.kind, json.loads(r.payload), r.previous, r.digest)
             for r in rows
         ]
 
+    def count(self) -> int:
+        """How many entries the chain has."""
+        with self.database.reading() as connection:
+            return connection.execute(sql.select(sql.func.count()).select_from(events)).scalar_one()
+
     def check_chain(self) -> list[str]:
-        """What is wrong with the chain, one line each; empty if it is whole."""
-        problems, previous = [], GENESIS
-        with self._transaction() as connection:
-            rows = connection.execute(sql.select(events).order_by(events.c.sequence)).all()
-        for expected, row in enumerate(rows):
-            if row.sequence != expected:
-                problems.append(f"ledger entry {expected} is missing")
-                break
-            if row.previous != previous:
-                problems.append(f"ledger entry {expected} does not follow the one before it")
-            if row.digest != event_digest(
-                row.sequence, row.time, row.kind, row.payload, row.previous
-            ):
-                problems.append(f"ledger entry {expected} was edited")
-            previous = row.digest
-        problems += self._check_head([row.digest for row in rows])
-        problems += self._check_requests()
-        return problems
-
-    def _check_head(self, digests: list[str]) -> list[str]:
-        try:
-            head = json.loads(self.head.read_bytes())
-            sequence, expected = int(head["sequence"]), str(head["digest"])
-        except (OSError, ValueError, KeyError):
-            return [
-                "ledger.head is missing or damaged: a truncation of the ledger could not be seen"
-            ]
-        if sequence >= len(digests):
-            return [f"the ledger was truncated: entry {sequence} is gone"]
-        return (
-            []
-            if digests[sequence] == expected
-            else [f"ledger entry {sequence} is not the one remembered"]
-        )
-
-    def _check_requests(self) -> list[str]:
-        """Requests and tombstones must be those that the chain speaks of."""
-        logged = {e.payload["request"]: e.payload["details"] for e in self.events("request")}
-        with self._transaction() as connection:
-            held = {row.id: digest(row.details) for row in connection.execute(sql.select(requests))}
-        carried_out = {event.payload["request"] for event in self.events("deleted")}
-        finished = {request.id for request in self.requests() if request.finished_at is not None}
-        named = {target.pseudonym for request in self.requests() for target in request.targets}
-        problems = (
-            [] if logged == held else ["the requests in the ledger differ from those in its chain"]
-        )
-        if carried_out != finished:
-            problems.append(
-                "the finished requests in the ledger are not those that its chain saw carried out"
-            )
-        return problems + (
-            [] if named == self.tombstones() else ["a tombstone is missing from the ledger"]
-        )
+        """What is wrong with the ledger, one line each; empty if every cell of it is as it was written."""
+        head = read_head(self.head)
+        with self.database.reading() as connection:
+            return [*self.database.problems(connection), *check_chain(connection, head)]
 
 
 def _request(row: sql.Row) -> Request:
@@ -347,21 +296,6 @@ def _request(row: sql.Row) -> Request:
     return Request(**details, acknowledged_at=row.acknowledged_at, finished_at=row.finished_at)
 
 
-def _durable_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    """Every commit reaches the disk, and what is removed is overwritten.
-
-    Transactions are begun by `_begin_immediate`, not by the driver, which would begin too late.
-    """
-    connection.isolation_level = None
-    for pragma in (
-        "journal_mode=DELETE",
-        "synchronous=FULL",
-        "secure_delete=ON",
-        "foreign_keys=ON",
-    ):
-        connection.execute(f"PRAGMA {pragma}").close()
-
-
-def _begin_immediate(connection: sql.Connection) -> None:
-    """Take the write lock at once, so that reading the last event and appending are one step."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+def ascii_json(value: Mapping[str, Any]) -> str:
+    """One line of ASCII, which every encoding of a database keeps as it is."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

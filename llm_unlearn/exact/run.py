@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_unlearn import files
 from llm_unlearn.data.partition import CORE, SliceName, describe_sizes
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
@@ -16,6 +17,7 @@ from llm_unlearn.exact.copies import Copy, nodes_served, outstanding
 from llm_unlearn.exact.correction import Corrected, correct
 from llm_unlearn.exact.deletion import Deletion, delete, delete_all, depths_served, renew, settle
 from llm_unlearn.exact.ledger import Request
+from llm_unlearn.exact.postgresql import ADDRESS_NAME, Address
 from llm_unlearn.exact.slices import Placement
 from llm_unlearn.exact.store import RunDirectory, read_key
 from llm_unlearn.exact.trie import Node, longest_surviving_prefix
@@ -136,6 +138,7 @@ class S3TRun:
         config = make_config(arguments, model_arguments)
         shape = make_shape(model, tokenizer, model_arguments)
         key = read_key(arguments.key_path) if arguments.key_path else None
+        ledger = Address.new(arguments.ledger_url) if arguments.ledger_url else None
         if (Path(path) / "run.json").exists():
             directory = RunDirectory.open(path)
             directory.ensure_same(config, shape)
@@ -145,9 +148,16 @@ class S3TRun:
                 raise UserError(
                     f"{path} was made without a permanent core: choose another --output_dir"
                 )
+            if ledger is not None and not ledger.is_that_of(directory.path):
+                raise UserError(
+                    f"{path} keeps its ledger elsewhere than --ledger_url: leave the flag out (when the "
+                    f"server has moved, edit {path}/{ADDRESS_NAME})"
+                )
             return cls(directory)
         if arguments.exact_method != "lego":
-            return cls(RunDirectory.create(path, records, config, shape, key, source, core))
+            return cls(
+                RunDirectory.create(path, records, config, shape, key, source, core, ledger=ledger)
+            )
         if core:
             raise UserError("--exact_method lego has no permanent core")
         from llm_unlearn.exact.keys import Keys
@@ -156,7 +166,7 @@ class S3TRun:
         config = replace(config, keys=keys.digest)
         placement = Placement(keys.placement(model, tokenizer, config.max_length), keys.to_bytes())
         directory = RunDirectory.create(
-            path, records, config, shape, key, source, placement=placement
+            path, records, config, shape, key, source, placement=placement, ledger=ledger
         )
         return cls(directory)
 
@@ -259,7 +269,11 @@ class S3TRun:
         return [*checks, replay_nodes(self.directory, choose_nodes(self.directory, replay))]
 
     def status(self) -> RunStatus:
-        """What the run holds now, derived from its files."""
+        """What the run holds now, derived from its files, all of one moment."""
+        with self.directory.changing("changing it"):
+            return self._status()
+
+    def _status(self) -> RunStatus:
         directory = self.directory
         requests = directory.ledger.requests()
         copies = outstanding(directory)
@@ -278,7 +292,7 @@ class S3TRun:
             deleted_subjects=len(
                 {t.pseudonym for r in requests for t in r.targets if t.kind == "subject"}
             ),
-            storage_bytes=sum(p.stat().st_size for p in directory.path.rglob("*") if p.is_file()),
+            storage_bytes=files.tree_bytes(directory.path),
             warnings=self.warnings(),
             core_records=directory.slices.header(CORE).records if directory.core else None,
             deadlines=_deadlines(requests, copies),

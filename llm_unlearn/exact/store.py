@@ -3,7 +3,8 @@
     RUN/run.json            configuration and base model, written once and last
     RUN/secret.key          the partition key, mode 0600
     RUN/keys.safetensors    the public keys of LegoNet, where they place the records
-    RUN/ledger.sqlite       requests, tombstones, events; ledger.head remembers the chain's end
+    RUN/ledger.sqlite       requests, tombstones, events; or ledger.url, which says on what server
+    RUN/ledger.head         remembers the end of the ledger's chain; ledger.lock guards it
     RUN/records/            the records, slice by slice, and those of the permanent core
     RUN/nodes/<key>/        adapter_model.safetensors and manifest.json of one trained block, and
                             words.safetensors, by which prompts find their subjects
@@ -30,7 +31,9 @@ from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact.adapters import WEIGHTS_NAME, Tensors, file_digest, load_tensors, to_bytes
 from llm_unlearn.exact.blocks import Block, make_blocks
 from llm_unlearn.exact.config import ModelShape, RunConfig
+from llm_unlearn.exact.database import Database
 from llm_unlearn.exact.ledger import Ledger
+from llm_unlearn.exact.postgresql import ADDRESS_NAME, Address
 from llm_unlearn.exact.slices import Placement, SliceStore
 from llm_unlearn.exact.trie import Node, core_node, wanted_paths
 
@@ -39,7 +42,8 @@ MANIFEST_NAME = "manifest.json"
 WORDS_NAME = "words.safetensors"
 KEYS_NAME = "keys.safetensors"
 OWN_ENTRIES = (
-    "run.json", "secret.key", KEYS_NAME, "ledger.sqlite", "ledger.sqlite-journal", "ledger.head", "records", "nodes",
+    "run.json", "secret.key", KEYS_NAME, "ledger.sqlite", "ledger.sqlite-journal", "ledger.url", "ledger.head",
+    "ledger.head.part", "ledger.lock", "records", "nodes",
     "served", "generations", "cache", "trainer", "certificates", "signing.key", "signing.pub", "policy.toml",
     "rebuild.log", "state.lock", "train.lock",
 )  # fmt: skip
@@ -166,7 +170,7 @@ class RunDirectory:
                 raise RunError(
                     f"{path} was written by another version of the format ({description['version']})"
                 )
-            if not (path / "ledger.sqlite").is_file():
+            if not any((path / name).is_file() for name in ("ledger.sqlite", ADDRESS_NAME)):
                 raise RunError(f"{path}/ledger.sqlite is missing: restore it from a backup")
             return cls(path, description, PartitionKey((path / "secret.key").read_bytes()))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -175,7 +179,7 @@ class RunDirectory:
             ) from None
 
     @classmethod
-    def create(
+    def create(  # noqa: PLR0913 - what a run is made of, and most of it has a default
         cls,
         path: str | Path,
         records: Iterable[Record],
@@ -185,6 +189,7 @@ class RunDirectory:
         source: dict[str, Any] | None = None,
         core: Sequence[Record] = (),
         placement: Placement | None = None,
+        ledger: Address | None = None,
     ) -> "RunDirectory":
         """Partition the records and write a new run. run.json comes last: a crash leaves no run.
 
@@ -193,8 +198,10 @@ class RunDirectory:
             key: the partition key; a fresh random one by default.
             source: where the records came from, for the record only.
             placement: where public keys and not the run's key place the records.
+            ledger: where on a PostgreSQL server the ledger goes; by default it is a file of the run.
 
         Raises:
+            RunError: the server of the ledger cannot be used.
             UserError: the directory already holds a run or files that are not ours.
         """
         path = Path(path)
@@ -210,10 +217,10 @@ class RunDirectory:
         path.chmod(0o700)
         with files.locked(path / "state.lock", "creating it"):
             key = key or PartitionKey.random()
-            return cls._create(path, records, config, shape, key, source, core, placement)
+            return cls._create(path, records, config, shape, key, source, core, placement, ledger)
 
     @classmethod
-    def _create(
+    def _create(  # noqa: PLR0913
         cls,
         path: Path,
         records: Iterable[Record],
@@ -223,9 +230,12 @@ class RunDirectory:
         source: dict[str, Any] | None,
         core: Sequence[Record],
         placement: Placement | None,
+        ledger: Address | None,
     ) -> "RunDirectory":
         if (path / "run.json").exists():
             raise UserError(f"{path} already holds a run")
+        if ledger is not None and (abandoned := Address.read(path)) and abandoned.url == ledger.url:
+            Database(abandoned).drop()
         for entry in path.iterdir():
             if not entry.name.endswith(".lock"):
                 files.remove(entry)  # what a killed creation left
@@ -240,12 +250,14 @@ class RunDirectory:
         permanent = {"core": merkle_root([key.leaf(r.to_line()) for r in core])} if core else {}
         description |= permanent
         run = cls(path, json.loads(canonical(description)), key)
+        if ledger is not None:
+            ledger.write(path)
+        run.ledger.create()
         if placement is not None:
             files.write_bytes(path / KEYS_NAME, placement.keys)
         run.slices.write_all(records, placement.shards_of if placement else None)
         if core:
             run.slices.write_core(core)
-        run.ledger.create()
         created = {"config": run.config.identity(run.shape), "salt_id": key.salt_id}
         run.ledger.append("created", created | permanent)
         files.write_bytes(
@@ -283,7 +295,7 @@ class RunDirectory:
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(f"sqlite:///{self.path / 'ledger.sqlite'}", self.path / "ledger.head")
+        return Ledger.of(self.path)
 
     @cached_property
     def identity(self) -> str:

@@ -33,6 +33,7 @@ from llm_unlearn.exact.adapters import (
     to_bytes,
 )
 from llm_unlearn.exact.certificates import certificate_path, certificates_logged
+from llm_unlearn.exact.postgresql import ADDRESS_NAME
 from llm_unlearn.exact.served import members_served, read_lineage, words_path
 from llm_unlearn.exact.store import KEYS_NAME, MANIFEST_NAME, RunDirectory
 from llm_unlearn.exact.trie import Node, live, node_key
@@ -55,7 +56,7 @@ class Check:
 
 def check_ledger(run: RunDirectory) -> Check:
     """The hash chain is whole, nothing was cut off its end, and no request is left half done."""
-    check = Check("ledger", examined=len(run.ledger.events()), problems=run.ledger.check_chain())
+    check = Check("ledger", examined=run.ledger.count(), problems=run.ledger.check_chain())
     check.problems += [
         f"request {request.id} was acknowledged but not carried out: run `llm-unlearn delete` or `rebuild`"
         for request in run.ledger.requests(pending=True)
@@ -251,7 +252,7 @@ def check_residues(run: RunDirectory) -> Check:
     for path in residues.unrecognised(run):
         shown = path.relative_to(run.path)
         check.problems.append(f"{shown} is of no known kind: a deletion would not purge it")
-    for name in ("secret.key", PRIVATE_NAME):
+    for name in ("secret.key", PRIVATE_NAME, ADDRESS_NAME):
         mode = stat.S_IMODE((run.path / name).stat().st_mode) if (run.path / name).exists() else 0
         if mode & 0o077:
             check.problems.append(f"{name} is readable by others (mode {mode:o}): chmod 600 it")

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from llm_unlearn import files
-from llm_unlearn.exact.ledger import Ledger
 from llm_unlearn.exact.run import S3TRun
+from tests.exact.killing import in_child, kill_at
 from tests.exact.methods import METHODS
 from tests.tiny import (
     core_records,
@@ -41,50 +40,6 @@ MORE = {
     "lego": {**METHODS["lego"], "num_shards": 3, "placement": placed_by_id(3, 2)},
 }
 VICTIM = "person 4"
-
-
-def in_child(work: Callable[[], None]) -> int | None:
-    """Run `work` in a fork; its exit code, or None if it was killed."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(pid, 0)
-    return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
-def kill_at(point: int) -> None:
-    """Kill this process at the `point`-th change of the disk, before or after it."""
-    count = 0
-
-    def tick() -> None:
-        nonlocal count
-        count += 1
-        if count == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def wrap(owner: object, name: str) -> None:
-        original = getattr(owner, name)
-
-        def wrapped(*arguments: object, **options: object) -> object:
-            tick()
-            result = original(*arguments, **options)
-            tick()
-            return result
-
-        setattr(owner, name, wrapped)
-
-    for owner, name in [
-        (os, "replace"), (os, "rename"), (os, "symlink"), (os, "link"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
-        (files, "write_bytes"), (files, "remove"), (files, "publish_link"), (files, "publish_directory"),
-        (Path, "write_bytes"), (Path, "rename"), (Path, "unlink"), (Ledger, "acknowledge"), (Ledger, "finish"),
-        (Ledger, "append"), (Ledger, "_remember_head"),
-    ]:  # fmt: skip
-        wrap(owner, name)
 
 
 def every_point(

@@ -332,7 +332,7 @@ def leave_pending(run: S3TRun, _before: Path) -> None:
 
 
 def truncate_ledger(run: S3TRun, _before: Path) -> None:
-    with run.directory.ledger.engine.begin() as connection:
+    with run.directory.ledger.database.engine.begin() as connection:
         connection.exec_driver_sql(
             "DELETE FROM events WHERE sequence = (SELECT max(sequence) FROM events)"
         )
@@ -341,7 +341,7 @@ def truncate_ledger(run: S3TRun, _before: Path) -> None:
 def forget_training(run: S3TRun, _before: Path) -> None:
     """No word of the node in the ledger: it came from elsewhere."""
     key = first_node(run).name
-    with run.directory.ledger.engine.begin() as connection:
+    with run.directory.ledger.database.engine.begin() as connection:
         connection.exec_driver_sql(f"DELETE FROM events WHERE payload LIKE '%{key}%'")
 
 
