@@ -24,6 +24,8 @@ What a run is made of:
     --subject_column C      who can ask for deletion (default: every record for itself)
     --rows_per_subject N    consecutive rows that share a subject (TOFU: 20)
     --core_path FILE        records to train under all others; they can NEVER be deleted
+    --encrypt [--key_store PATH | vault+https://HOST/MOUNT/PATH]   records, nodes and caches encrypted on
+                            disk, each under a key that a deletion destroys
     --output_dir RUN        the run directory; a run that is there is resumed or rebuilt
     --config FILE.yaml      any of the flags from a file; the command line wins
 and every training flag of TRL's SFT (--learning_rate, --max_steps, ...) and LoRA (--lora_r, ...), which

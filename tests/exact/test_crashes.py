@@ -33,6 +33,7 @@ from tests.tiny import (
 SHAPES: dict[str, dict[str, Any]] = {
     "ranks": {"num_slices": 2, "num_sequences": 2},
     "whole": {"num_slices": 2, "blocks": "whole"},
+    "encrypted": {"num_slices": 2, "num_sequences": 1, "encrypt": True},
     "core": {"num_slices": 1, "num_sequences": 1, "core": core_records()},
 }
 # Deletions also where shards vanish, and where a subject is in several.
@@ -80,6 +81,7 @@ def kill_at(point: int) -> None:
 
     for owner, name in [
         (os, "replace"), (os, "rename"), (os, "symlink"), (os, "link"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
+        (os, "pwrite"),
         (files, "write_bytes"), (files, "remove"), (files, "publish_link"), (files, "publish_directory"),
         (Path, "write_bytes"), (Path, "rename"), (Path, "unlink"), (Ledger, "acknowledge"), (Ledger, "finish"),
         (Ledger, "append"), (Ledger, "_remember_head"),
@@ -105,6 +107,10 @@ def every_point(
         check()
         if outcome == 0:
             return point - 1
+
+
+def names_below(path: Path) -> list[str]:
+    return sorted(str(entry.relative_to(path)) for entry in path.rglob("*"))
 
 
 @pytest.fixture(params=SHAPES)
@@ -166,6 +172,7 @@ def test_deletion_survives_kill_9_at_every_point(
     shutil.copytree(reference, done, symlinks=True)
     S3TRun.open(done).delete([VICTIM])
     expected = node_bytes(S3TRun.open(done)), served_bytes(S3TRun.open(done))
+    records = names_below(done / "records")
     acknowledged = 0
 
     def prepare() -> None:
@@ -183,6 +190,7 @@ def test_deletion_survives_kill_9_at_every_point(
             assert node_bytes(run).keys() > expected[0].keys()
             run.delete([VICTIM])
         assert (node_bytes(run), served_bytes(run)) == expected
+        assert names_below(path / "records") == records
         assert len(run.directory.ledger.requests()) == 1
         assert len(list((path / "certificates").iterdir())) == 1
         assert run.delete([VICTIM]).request is None
