@@ -25,6 +25,8 @@ What a run is made of:
     --rows_per_subject N    consecutive rows that share a subject (TOFU: 20)
     --core_path FILE        records to train under all others; they can NEVER be deleted
     --ledger_url URL        keep the ledger on a PostgreSQL server (a SQLite file in the run)
+    --encrypt [--key_store PATH | vault+https://HOST/MOUNT/PATH]   records, nodes and caches encrypted on
+                            disk, each under a key that a deletion destroys
     --output_dir RUN        the run directory; a run that is there is resumed or rebuilt
     --config FILE.yaml      any of the flags from a file; the command line wins
 and every training flag of TRL's SFT (--learning_rate, --max_steps, ...) and LoRA (--lora_r, ...), which

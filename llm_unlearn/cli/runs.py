@@ -94,6 +94,8 @@ def _print_status(current: "RunStatus") -> None:
         console.warn(f"a copy outside holds deleted data: {copy.kind} {copy.place} ({copy.id})")
     if current.core_records is not None:
         print(f"permanent core: {current.core_records} records, which cannot be deleted")
+    if current.key_store is not None:
+        print(f"encrypted at rest; keys in {current.key_store}")
     if not current.is_served:
         print("nothing is served yet")
     for shard in shown:

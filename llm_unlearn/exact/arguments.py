@@ -191,6 +191,19 @@ class S3TConfig(SFTConfig):
             "in ~/.pgpass or PGPASSWORD (default: a SQLite file in the run)."
         },
     )
+    encrypt: bool = field(
+        default=False,
+        metadata={
+            "help": "Encrypt records, nodes and caches on disk, each under a key that a deletion destroys."
+        },
+    )
+    key_store: str | None = field(
+        default=None,
+        metadata={
+            "help": "encrypt: a file for the keys, outside of what is backed up, or "
+            "vault+https://HOST/MOUNT/PATH (slice.keys in the run directory)."
+        },
+    )
     learning_rate: float = field(
         default=2e-4, metadata={"help": "Peak learning rate of every node."}
     )
@@ -251,6 +264,8 @@ def check_arguments(arguments: S3TConfig, model_arguments: ModelConfig) -> None:
         raise UserError(
             f"--dataset_text_field is refused: rename column {arguments.dataset_text_field!r} to text"
         )
+    if arguments.key_store is not None and not arguments.encrypt:
+        raise UserError("--key_store is for the keys of an encrypted run: say --encrypt too")
     if arguments.report_to not in (["none"], [], "none", None):
         raise UserError(
             "--report_to is refused: training curves of single nodes would outlive a deletion"
