@@ -22,6 +22,7 @@ MAY_IMPORT = {
         "models",
         "unlearning",
     },
+    "run_report": {"data", "evaluation", "exact"},
     "study": {"data", "evaluation", "exact", "console", "demonstration"},
 }
 

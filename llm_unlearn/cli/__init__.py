@@ -8,10 +8,11 @@ from llm_unlearn.cli.application import app
 from llm_unlearn.cli import runs
 from llm_unlearn.cli import deleting
 from llm_unlearn.cli import certificates
+from llm_unlearn.cli import reporting
 from llm_unlearn.cli import evaluations
 # isort: on
 
-__all__ = ["app", "certificates", "deleting", "evaluations", "main", "runs"]
+__all__ = ["app", "certificates", "deleting", "evaluations", "main", "reporting", "runs"]
 
 
 def main() -> None:
