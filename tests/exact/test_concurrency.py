@@ -20,6 +20,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from llm_unlearn import files
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact.asks import Ask
 from llm_unlearn.exact.chain import Link, read_head
@@ -149,6 +150,15 @@ def test_processes_killed_while_they_append_leave_a_whole_chain(place: Place) ->
     assert read_head(held.head) == Link(held.count() - 1, held.events()[-1].digest)
 
 
+def test_the_status_is_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read beside a deletion, it would miss files that are just going."""
+    run = make_stub_run(tmp_path / "run", tiny_records())
+    monkeypatch.setattr(files.locked.__wrapped__, "__defaults__", (0.05,))
+    with run.directory.changing("deleting from it"), pytest.raises(RunError, match="is busy"):
+        run.status()
+    assert run.status().storage_bytes > 5000
+
+
 Step = tuple[str, list[str] | None]
 Process = tuple[list[Step], int | None]
 """What a process does, and at which change of the disk it is killed."""
@@ -257,6 +267,10 @@ def check_schedule(
         train_stub(run)
     assert (node_bytes(run), served_bytes(run)) == (node_bytes(never), served_bytes(never))
     assert problems_of(run) == []
+    entries = ledger.count()
+    run.settle()
+    assert not gone or run.delete(sorted(gone)).request is None
+    assert ledger.count() == entries  # whoever starts again does nothing again
 
 
 names = st.lists(st.sampled_from(SUBJECTS), min_size=1, max_size=3, unique=True)

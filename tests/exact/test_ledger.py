@@ -242,6 +242,7 @@ def spoilt(value: Any, is_key: bool, is_file: bool) -> list[Any]:
         changed = [math.nextafter(value, 0), value + 1, -value, 0.0, 1e300]
     else:
         changed = [1.0, 0.0]
+    changed = changed if is_file else changed[:2]
     return [other for other in [*changed, *([] if is_key else [None])] if other != value]
 
 
@@ -272,7 +273,7 @@ def test_every_cell_of_every_row_of_every_table_is_covered(ledger: Ledger, place
                         continue  # no such value can be stored
                     assert problems_of(place), f"{name}, {row}: {column} became {other!r}"
                     seen += 1
-    assert seen > 250
+    assert seen > 130
     place.write(whole)
     assert place.open().check_chain() == []
 
@@ -406,6 +407,39 @@ def test_a_locked_ledger_is_said_to_be_locked(
     assert state(ledger) == before
     use(waiting)
     assert waiting.check_chain() == []
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda held: held.requests(pending=True),
+        lambda held: held.deleted([target(number).pseudonym for number in range(20)]),
+        lambda held: held.asked_under(["key of first"]),
+        lambda held: held.events("copied"),
+        lambda held: held.append("served", {}),
+        lambda held: held.finish({"second": {}}),
+    ],
+    ids=["pending", "deleted", "asked_under", "events", "append", "finish"],
+)
+def test_what_is_asked_often_reads_no_whole_table(
+    file_ledger: Ledger, use: Callable[[Ledger], object]
+) -> None:
+    engine, asked_for = file_ledger.database.engine, []
+
+    @sql.event.listens_for(engine, "before_cursor_execute")
+    def note(_connection, _cursor, statement, parameters, _context, many):
+        asked_for.append((statement, parameters[0] if many else parameters))
+
+    use(file_ledger)
+    queries = [query for query in asked_for if query[0].startswith(("SELECT", "UPDATE"))]
+    assert queries
+    with engine.connect() as connection:
+        for statement, parameters in queries:
+            rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+            steps = [row[-1] for row in rows]
+            scans = [step for step in steps if step.startswith("SCAN") and "INDEX" not in step]
+            is_last = "ORDER BY events.sequence DESC" in statement  # from the end, one row
+            assert steps and (is_last or not scans), (statement, steps)
 
 
 def overwrite(path: Path, start: int, data: bytes) -> None:
