@@ -23,6 +23,7 @@ MAY_IMPORT = {
         "unlearning",
     },
     "study": {"data", "evaluation", "exact", "console", "demonstration"},
+    "hub": {"data", "exact"},
 }
 
 
