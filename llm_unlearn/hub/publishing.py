@@ -98,7 +98,7 @@ def check_flags(arguments: Any, base: str) -> None:
     for name, reason in _REFUSED.items():
         if getattr(arguments, name):
             raise UserError(f"--{name} is refused: {reason}")
-    if "checkpoint" in str(arguments.hub_strategy):
+    if "checkpoint" in str(arguments.hub_strategy).lower():
         raise UserError("--hub_strategy is refused: checkpoints are residues, and stay here")
     check_repository(repository_of(arguments))
     try:
