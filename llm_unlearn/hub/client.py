@@ -180,10 +180,8 @@ class Hub:
         with self._asking(repository):
             try:
                 self._api.model_info(repository, revision=revision)
-            except RevisionNotFoundError as error:
-                if error.response.status_code == 404:
-                    return True
-                raise
+            except RevisionNotFoundError:
+                return True
         return False
 
     def status_of_file(self, repository: str, revision: str, path: str) -> int:

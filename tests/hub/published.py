@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,19 +110,33 @@ class World:
             for digest in purge["objects"]:
                 assert purge["left"] or digest not in self.served()
 
-    @contextlib.contextmanager
-    def killing(self, number: int, before: bool) -> Iterator[None]:
+    def killing(self, number: int, before: bool) -> contextlib.AbstractContextManager[None]:
         """The process dies before it sends its n-th request, or before it gets the answer."""
         sent = 0
 
-        def on_request(_: object) -> None:
+        def count(_: object) -> bool:
             nonlocal sent
             sent += 1
-            if before and sent > number:
+            return sent > number
+
+        return (
+            self._dying(count, lambda _: False) if before else self._dying(lambda _: False, count)
+        )
+
+    def killing_where(
+        self, wanted: Callable[[str], bool]
+    ) -> contextlib.AbstractContextManager[None]:
+        """The process dies before it gets the answer to a request to such an address."""
+        return self._dying(lambda _: False, lambda answer: wanted(str(answer.url)))
+
+    @contextlib.contextmanager
+    def _dying(self, before: Callable[[Any], bool], after: Callable[[Any], bool]) -> Iterator[None]:
+        def on_request(request: object) -> None:
+            if before(request):
                 raise Killed
 
-        def on_answer(_: object) -> None:
-            if not before and sent > number:
+        def on_answer(answer: object) -> None:
+            if after(answer):
                 raise Killed
 
         client = get_session()

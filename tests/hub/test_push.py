@@ -17,7 +17,7 @@ from llm_unlearn.hub import publishing
 from llm_unlearn.signing import PublicKey
 from tests.evaluation.fake_results import SECRET, TOFU, fake_tofu
 from tests.hub.published import BASE, NAME, World, make_trained, published
-from tests.loopback_hub import Entry
+from tests.loopback_hub import Answer, Entry, refusal
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -541,9 +541,32 @@ def test_a_repository_that_does_not_answer_is_not_believed_gone(world: World) ->
     assert copies.known(world.run.directory)[0].gone
 
 
-def test_an_object_whose_state_the_hub_does_not_tell(world: World) -> None:
-    from tests.loopback_hub import Answer
+UNCLEAR = {
+    "no access": refusal(403, "", "Forbidden"),
+    "no token": refusal(401, "", "Invalid"),
+    "no such repository": refusal(404, "RepoNotFound", "Repository not found"),
+    "down": refusal(500, "", "oops"),
+    "not found, without a reason": Answer(404, {}),
+}
 
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_an_answer_that_proves_nothing_is_no_proof(world: World, case: str) -> None:
+    world.push()
+    old = world.weights()
+    world.run.delete(["person 3"])
+    old -= world.weights()
+    world.loop.before = lambda number, line: UNCLEAR[case] if "/revision/" in line else None
+    with pytest.raises(UserError):
+        world.push()
+    assert copies.outstanding(world.run.directory)
+    assert any("still serves" in line for line in world.told())
+    world.loop.before = None
+    assert world.push()[0].purged.left == []
+    world.check_told(old)
+
+
+def test_an_object_whose_state_the_hub_does_not_tell(world: World) -> None:
     world.push()
     world.run.delete(["person 3"])
 

@@ -152,6 +152,49 @@ def test_two_deaths(scene: Scene) -> None:
         assert copies.outstanding(world.run.directory) == []
 
 
+def lose_the_answer(world: World, wanted: str) -> None:
+    """Push, and die when the Hub has done something, before its answer comes."""
+
+    def die(line: str) -> bool:
+        return wanted in line
+
+    with world.killing_where(die), pytest.raises(Killed):
+        world.push()
+
+
+def test_a_commit_whose_answer_was_lost(tmp_path: Path) -> None:
+    with published(make_trained(tmp_path / "trained"), tmp_path / "run") as world:
+        lose_the_answer(world, "/commit/")
+        old = world.weights()
+        assert old <= world.served()
+        (told,) = world.told()
+        assert told.startswith(f"{NAME}: an upload was not finished: run `llm-unlearn push ")
+        world.run.delete(["person 3"])
+        old -= world.weights()
+        assert any("may serve what an upload that was broken off left" in t for t in world.told())
+        assert len(copies.outstanding(world.run.directory)) == 1
+        world.push()
+        world.check_told(old)
+        assert not world.served() & old and not copies.outstanding(world.run.directory)
+
+
+def test_what_was_asked_for_before_a_squash_is_not_forgotten(tmp_path: Path) -> None:
+    """The commit of an upload that was broken off is known from the history alone, until that is
+    squashed; this Hub goes on serving it.
+    """
+    trained = make_trained(tmp_path / "trained")
+    with published(trained, tmp_path / "run", keeps_unreachable=True, lfs_suffixes=()) as world:
+        lose_the_answer(world, "/commit/")
+        lost, old = world.head().oid, world.weights()
+        world.run.delete(["person 3"])
+        lose_the_answer(world, "/super-squash/")
+        (pushed,) = world.push()
+        assert any(f"revision {lost[:8]} still has" in line for line in pushed.purged.left)
+        assert world.served() & (old - world.weights())
+        world.check_told(old - world.weights())
+        assert copies.outstanding(world.run.directory)
+
+
 def push_in_a_process(world: World, home: Path) -> subprocess.Popen[str]:
     environment = {
         **os.environ, "HF_ENDPOINT": world.loop.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home),
