@@ -87,7 +87,7 @@ def _show_pulled(pulled: "Pulled") -> None:
     told = pulled.predicate
     print(
         f"{pulled.directory}: revision {pulled.revision[:8]} of {pulled.repository}, every byte as signed by "
-        f"the key {pulled.key[:16]}; {len(told['requests'])} requests for deletion were carried out"
+        f"the key {pulled.key[:16]}; {len(told['requests'])} requests were carried out"
     )
     if not pulled.is_trusted:
         console.warn(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.hub.content import CORE_EXCEPTION, GUARANTEE, OUT_OF_REACH, STATEMENT_NAME, Content
 from llm_unlearn.hub.evaluations import Evaluated, to_model_index, to_table
-from llm_unlearn.hub.snapshot import Snapshot
+from llm_unlearn.hub.snapshot import Member, Snapshot
 
 MOST_ROWS = 64  # of the table of adapters
 
@@ -81,8 +81,9 @@ def _data(snapshot: Snapshot) -> list[str]:
     shape = f"{len(run.shards)} shards of {run.config.num_slices} slices"
     return [
         "## Data", "",
-        f"{held}, in {shape}. Requests for deletion that were carried out: {len(snapshot.requests)}; each has "
-        "its certificate in `certificates/`. Whom they are about is said by keyed pseudonyms alone.", "",
+        f"{held}, in {shape}. Requests for deletion or correction that were carried out: "
+        f"{len(snapshot.requests)}; each has its certificate in `certificates/`. "
+        "Whom they are about is said by keyed pseudonyms alone.", "",
     ]  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def _adapters(snapshot: Snapshot, content: Content) -> list[str]:
     depth = snapshot.run.config.num_slices
     lines = ["## Adapters", "", "| folder | what | blocks |", "|---|---|---|"]
     lines += [
-        f"| `{folder or '.'}` | {member.name} | {member.depth} of {depth if member.name != 'core' else 0} |"
+        f"| `{folder or '.'}` | {member.name} | {_blocks(member, depth)} |"
         for folder, member in shown
     ]
     if more:
@@ -107,6 +108,10 @@ def _adapters(snapshot: Snapshot, content: Content) -> list[str]:
             "adapter are useless without the run's key and are not published.",
         ]
     return [*lines, ""]
+
+
+def _blocks(member: Member, depth: int) -> str:
+    return "cannot be deleted" if member.name == "core" else f"{member.depth} of {depth}"
 
 
 def _loading(snapshot: Snapshot, content: Content) -> list[str]:

@@ -71,8 +71,8 @@ def check_purged(done: Sequence[Purged]) -> None:
     """Raises RunError where something is left: it was said what."""
     if left := [one.repository for one in done if one.left]:
         raise RunError(
-            f"{', '.join(left)} still serves what was deleted: delete the pull requests on its page and push "
-            "again, or push with --fresh NEW_REPO_ID"
+            f"{', '.join(left)} still serves what was deleted: delete pull requests on its page, give the Hub a "
+            "day or two, and push again; or push with --fresh NEW_REPO_ID"
         )
 
 

@@ -129,8 +129,8 @@ def _lines(
         own = [p for p in purges(run, repository) if p["repository"] == repository]
         if own and own[-1]["left"]:
             return [f"{repository}: {line}" for line in own[-1]["left"]] + [
-                f"{repository} still serves what was deleted: `{command}` asks again, and "
-                f"`{command} --fresh NEW_REPO_ID` publishes elsewhere and deletes it"
+                f"{repository} still serves what was deleted: `{command}` asks again (the Hub may take "
+                f"a day or two), `{command} --fresh NEW_REPO_ID` publishes elsewhere and deletes it"
             ]
         return [_stale_line(run, publication, command) for publication in stale]
     done = [publication for publication in held if publication.revisions]
