@@ -24,6 +24,7 @@ MAY_IMPORT = {
     },
     "run_report": {"data", "evaluation", "exact"},
     "study": {"data", "evaluation", "exact", "console", "demonstration"},
+    "hub": {"data", "exact"},
 }
 
 

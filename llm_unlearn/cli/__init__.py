@@ -9,10 +9,20 @@ from llm_unlearn.cli import runs
 from llm_unlearn.cli import deleting
 from llm_unlearn.cli import certificates
 from llm_unlearn.cli import reporting
+from llm_unlearn.cli import publishing
 from llm_unlearn.cli import evaluations
 # isort: on
 
-__all__ = ["app", "certificates", "deleting", "evaluations", "main", "reporting", "runs"]
+__all__ = [
+    "app",
+    "certificates",
+    "deleting",
+    "evaluations",
+    "main",
+    "publishing",
+    "reporting",
+    "runs",
+]
 
 
 def main() -> None:

@@ -63,7 +63,6 @@ REFUSED: dict[str, str] = {
     "pad_token": "set it in the tokenizer: it is part of what the run is made of",
     "model_init_kwargs": "say --dtype and --attn_implementation",
     "trust_remote_code": "code from a model repository is not run",
-    "push_to_hub": "publish RUN/served afterwards; the trainer would push what it trains",
     "use_liger_kernel": "its kernels were not checked for bitwise reproducibility",
     "resume_from_checkpoint": "an interrupted run resumes by itself: start it again on the same --output_dir",
 }
@@ -178,6 +177,12 @@ class S3TConfig(SFTConfig):
     num_threads: int | None = field(
         default=None,
         metadata={"help": "CPU threads of every process; bits are compared under equal ones only."},
+    )
+    hub_base_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "--push_to_hub: the base model's name on the Hub, if it is a directory here."
+        },
     )
     key_path: str | None = field(
         default=None,
