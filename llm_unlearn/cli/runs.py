@@ -57,11 +57,16 @@ def plan(  # noqa: PLR0913 - typer makes an option of every argument
 @app.command(rich_help_panel=RUNS)
 def status(run: RunPath, as_json: Json = False) -> None:
     """What a run holds and serves, and which requests it has answered."""
-    current = open_run(run).status()
+    from llm_unlearn.hub.state import describe
+
+    opened = open_run(run)
+    current, published = opened.status(), describe(opened.directory)
     if as_json:
-        console.print_json(current.to_dict())
-    else:
-        _print_status(current)
+        console.print_json(current.to_dict() | {"hub": published})
+        return
+    _print_status(current)
+    for line in published:
+        print(f"Hub: {line}")
 
 
 def _print_status(current: "RunStatus") -> None:
@@ -91,7 +96,8 @@ def _print_status(current: "RunStatus") -> None:
     )
     _print_deadlines(current)
     for copy in current.outstanding_copies:
-        console.warn(f"a copy outside holds deleted data: {copy.kind} {copy.place} ({copy.id})")
+        if copy.kind != "hub":  # said below, with what to do
+            console.warn(f"a copy outside holds deleted data: {copy.kind} {copy.place} ({copy.id})")
     if current.core_records is not None:
         print(f"permanent core: {current.core_records} records, which cannot be deleted")
     if current.key_store is not None:
