@@ -3,7 +3,8 @@
     python benchmarks/deletion_at_scale.py --records 1000000 --subjects 100000
 
 The nodes are tiny and random, so what is measured is the work on records, ledger and files. Every
-line comes from a process of its own, with its peak memory; `status` shows what starting costs.
+line comes from a process of its own, with its peak memory; `status` shows what starting costs. With
+`--encrypt` the run is encrypted, and all lines are of that run.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from llm_unlearn.data.records import Record
 from llm_unlearn.exact.adapters import expected_shapes
 from llm_unlearn.exact.config import LoraSettings, ModelShape, Module, RunConfig
 from llm_unlearn.exact.deletion import delete
+from llm_unlearn.exact.encryption import KEY_FILE_NAME
 from llm_unlearn.exact.sequences import select_sequences
 from llm_unlearn.exact.served import serve
 from llm_unlearn.exact.slices import SliceStore
@@ -55,7 +57,7 @@ def make_records(records: int, subjects: int) -> Iterator[Record]:
         yield Record(identity[:32], subject, content)
 
 
-def partition(path: Path, records: int, subjects: int) -> None:
+def partition(path: Path, records: int, subjects: int, key_store: str | None) -> None:
     """Make the rows, place them and write all slices."""
     sequences = tuple(select_sequences(NUM_SLICES, NUM_SEQUENCES))
     lora = LoraSettings(rank=4, alpha=8, dropout=0.0)
@@ -63,7 +65,7 @@ def partition(path: Path, records: int, subjects: int) -> None:
     config = RunConfig(*shards, 128, True, False, lora, training={})  # no model reads the texts
     modules = tuple(Module(f"model.layers.{i}.mlp.up_proj", i, 16, 16) for i in range(2))
     shape = ModelShape("synthetic", None, "0" * 64, "0" * 64, 2, "layers", False, modules)
-    RunDirectory.create(path, make_records(records, subjects), config, shape)
+    RunDirectory.create(path, make_records(records, subjects), config, shape, key_store=key_store)
 
 
 def publish_nodes(path: Path) -> None:
@@ -117,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="deletion from a large run against starting over")
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--subjects", type=int, default=100_000)
+    parser.add_argument("--encrypt", action="store_true", help="encrypt the run")
     options = parser.parse_args(argv)
     if options.subjects < BATCH + 2 * REPEATS + 1:
         parser.error(f"--subjects must be more than {BATCH + 2 * REPEATS}, got {options.subjects}")
@@ -127,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         singles = [(run, name) for name in names[BATCH : BATCH + REPEATS]]
         commands = [("delete", str(run), "--subject", name) for name in names[-REPEATS - 1 : -1]]
         in_bulk = ("delete", str(run), "--from-file", str(batch))
-        made = measure(partition, (run, options.records, options.subjects))
+        key_store = KEY_FILE_NAME if options.encrypt else None
+        made = measure(partition, (run, options.records, options.subjects, key_store))
         publish_nodes(run)
         naive = measure(start_over, (run, names[-1], Path(folder, "naive")))
         costs = {
@@ -139,7 +143,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"llm-unlearn delete, {BATCH} subjects": measure(run_command, in_bulk),
             "llm-unlearn verify": measure(run_command, ("verify", str(run))),
         }
-    print(f"{options.records} records, {options.subjects} subjects, {NUM_SHARDS} x {NUM_SLICES}")
+    how = ", encrypted" if options.encrypt else ""
+    print(
+        f"{options.records} records, {options.subjects} subjects, {NUM_SHARDS} x {NUM_SLICES}{how}"
+    )
     print(f"{'':36} {'seconds':>8} {'peak MB':>8} {'naive / this':>13}")
     for name, cost in costs.items():
         numbers = (cost.seconds, cost.megabytes, naive.seconds / cost.seconds)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from llm_unlearn.console import warn
+from llm_unlearn.console import attack_progress, stdout, warn
 from llm_unlearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,6 +98,26 @@ def refuse(message: str) -> NoReturn:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def publish_result(arguments: Any, path: Path) -> None:
+    """`--push_to_hub`: publish what was written, and say what became of it."""
+    from llm_unlearn.hub.publishing import check_purged, publish
+
+    with attack_progress() as say:
+        done = publish(arguments, path, say)
+    lines = [line for one in done for line in one.lines()]
+    stdout.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    check_purged([one.purged for one in done if one.purged])
+
+
+def refuse_push(argv: Sequence[str]) -> None:
+    """Raises UserError for `--push_to_hub` where there is no one model to publish."""
+    if any(argument.split("=")[0] == "--push_to_hub" for argument in argv):
+        raise UserError(
+            "--push_to_hub is refused: many models are compared here. Publish one of them with "
+            "`llm-unlearn push DIRECTORY REPO_ID`"
+        )
 
 
 def requested_processes() -> int:

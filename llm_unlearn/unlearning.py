@@ -231,6 +231,15 @@ def _check_base(adapter: str, base: str) -> None:
         )
 
 
+def base_name(arguments: RequestArguments, name_or_path: str | None) -> str:
+    """What the base model of the result is called: the model's own base, if it is an adapter."""
+    from llm_unlearn.models import base_of_adapter
+
+    path = Path(name_or_path or "")
+    is_adapter = arguments.adapter is None and (path / "adapter_config.json").is_file()
+    return base_of_adapter(path) if is_adapter else str(path)
+
+
 def lora_of(model_arguments: "ModelConfig") -> "LoraConfig":
     """The shape of a fresh adapter: TRL's flags, all linear layers, no dropout unless asked for."""
     from peft import LoraConfig

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from llm_unlearn.console import attack_progress, print_json, print_table, run_and_exit, warn
 from llm_unlearn.errors import UserError
-from llm_unlearn.launch import refuse, wants_short_help
+from llm_unlearn.launch import refuse, refuse_push, wants_short_help
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -73,6 +73,7 @@ def main(argv: list[str]) -> None:
     if wants_short_help(argv):
         print(__doc__)
         return
+    refuse_push(argv)
     arguments = read_arguments(argv)
     if arguments.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {arguments.seeds}")

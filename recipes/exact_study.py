@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 from llm_unlearn.console import print_table, run_and_exit, study_progress, warn
-from llm_unlearn.launch import wants_short_help
+from llm_unlearn.launch import refuse_push, wants_short_help
 
 SMALL = {"subjects": 24, "seeds": 1, "deletions": [0, 1, 5]}
 FULL = {"subjects": 48, "seeds": 3, "deletions": [0, 1, 5, 20]}
@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
     if wants_short_help(argv):
         print(__doc__)
         return
+    refuse_push(argv)
     arguments = read_arguments(argv)
 
     from llm_unlearn.study.page import print_headline, write_study

@@ -25,6 +25,10 @@ What a run is made of:
     --rows_per_subject N    consecutive rows that share a subject (TOFU: 20)
     --core_path FILE        records to train under all others; they can NEVER be deleted
     --ledger_url URL        keep the ledger on a PostgreSQL server (a SQLite file in the run)
+    --encrypt [--key_store PATH | vault+https://HOST/MOUNT/PATH]   records, nodes and caches encrypted on
+                            disk, each under a key that a deletion destroys
+    --push_to_hub, --hub_model_id REPO_ID    publish what is served, with card and certificates
+                            (--hub_base_model: the base model's name there, if it is a directory here)
     --output_dir RUN        the run directory; a run that is there is resumed or rebuilt
     --config FILE.yaml      any of the flags from a file; the command line wins
 and every training flag of TRL's SFT (--learning_rate, --max_steps, ...) and LoRA (--lora_r, ...), which
@@ -36,7 +40,13 @@ from pathlib import Path
 
 from llm_unlearn.console import print_table, run_and_exit, training_progress, warn
 from llm_unlearn.errors import UserError
-from llm_unlearn.launch import check_processes, expand_help, parse_flags, wants_short_help
+from llm_unlearn.launch import (
+    check_processes,
+    expand_help,
+    parse_flags,
+    publish_result,
+    wants_short_help,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -52,6 +62,7 @@ def main(argv: list[str]) -> None:
     from llm_unlearn.exact.arguments import S3TConfig, make_config
     from llm_unlearn.exact.base_model import load_base
     from llm_unlearn.exact.run import S3TRun
+    from llm_unlearn.hub.publishing import check_flags
 
     parser = TrlParser([DataArguments, S3TConfig, ModelConfig])
     data, arguments, model_arguments = parse_flags(parser, expand_help(argv))
@@ -72,6 +83,7 @@ def main(argv: list[str]) -> None:
             "every record is a subject of its own and would get an adapter of its own: say who can ask "
             "for deletion with --subject_column or --rows_per_subject, or give --num_shards"
         )
+    check_flags(arguments, model_arguments.model_name_or_path)
     is_new = not Path(arguments.output_dir, "run.json").exists()
     is_read = is_new and state.is_main_process
     records, core = (load_records(data), load_core(data)) if is_read else ([], [])
@@ -95,10 +107,9 @@ def main(argv: list[str]) -> None:
     print(
         f"{run.path}: {report.trained} nodes trained in {report.seconds:.0f} s, {report.reused} were there"
     )
-    if data.is_demonstration:
-        show_demonstration(run, model, tokenizer)
-    else:
-        print(f"served: {run.directory.served}/shard-*   next: llm-unlearn status {run.path}")
+    show_result(run, model, tokenizer, data.is_demonstration)
+    if arguments.push_to_hub:
+        publish_result(arguments, run.path)
 
 
 def share(value: float) -> str:
@@ -118,7 +129,10 @@ def public_texts(path: str | None, is_demonstration: bool) -> list[str]:
     return demonstration.public_texts() if is_demonstration else []
 
 
-def show_demonstration(run, model, tokenizer) -> None:
+def show_result(run, model, tokenizer, is_demonstration: bool) -> None:
+    if not is_demonstration:
+        print(f"served: {run.directory.served}/shard-*   next: llm-unlearn status {run.path}")
+        return
     from llm_unlearn.demonstration import demonstrate
 
     shown = demonstrate(run, model, tokenizer)

@@ -19,6 +19,7 @@ The most used flags:
     --keep best                 write the best state that was evaluated, not the last
     --stop_samples icu          leave out forget rows that are forgotten, round by round
     --retain_projection 0.95    PGU: take what retain inputs span out of every update
+    --push_to_hub, --hub_model_id REPO_ID    publish it (of several requests the last); no guarantee
     --json                      print the report for machines
     --config FILE.yaml          any of the flags from a file; the command line wins
 and every training flag of Transformers and LoRA (--help_all). Flags that are not given come from the
@@ -38,6 +39,7 @@ from llm_unlearn.launch import (
     config_of,
     expand_help,
     parse_flags,
+    publish_result,
     wants_short_help,
 )
 
@@ -49,7 +51,9 @@ def main(argv: list[str]) -> None:
     from accelerate import PartialState
     from transformers.utils import logging
 
-    from llm_unlearn.unlearning import answer_requests, requests_of
+    from llm_unlearn.hub.publishing import check_flags
+    from llm_unlearn.hub.unlearned import HIDDEN
+    from llm_unlearn.unlearning import answer_requests, base_name, requests_of
 
     arguments, config, model_arguments, method = read_flags(argv)
     is_demonstration = arguments.is_demonstration
@@ -60,6 +64,9 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     speaks = state.is_main_process and not arguments.as_json
+    check_flags(config, base_name(arguments, model_arguments.model_name_or_path))
+    if config.push_to_hub and method.is_suppression:
+        raise UserError(f"--push_to_hub is refused: {HIDDEN.format(method=config.method)}")
     requests = (
         prepare_demonstration(model_arguments, speaks)
         if is_demonstration
@@ -76,6 +83,9 @@ def main(argv: list[str]) -> None:
     show_reports(Path(config.output_dir), requests, reports)
     if len(requests) > 1 and arguments.eval_suite:
         show_curve(Path(config.output_dir))
+    if config.push_to_hub:
+        place = Path(config.output_dir)
+        publish_result(config, place / requests[-1].name if len(requests) > 1 else place)
     if is_demonstration:
         show_demonstration(str(model_arguments.model_name_or_path), config.output_dir)
 

@@ -22,7 +22,9 @@ MAY_IMPORT = {
         "models",
         "unlearning",
     },
+    "run_report": {"data", "evaluation", "exact"},
     "study": {"data", "evaluation", "exact", "console", "demonstration"},
+    "hub": {"data", "exact"},
 }
 
 

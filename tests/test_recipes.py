@@ -139,7 +139,7 @@ BAD = [
     (["--num_slices", "9", "--blocks", "layers"], "the model has 4"),
     (["--num_slices", "9"], "--lora_r is 4"),
     (["--num_sequences", "3"], "num_sequences"),
-    (["--push_to_hub", "true"], "--push_to_hub is refused: publish RUN/served"),
+    (["--push_to_hub", "true"], "with --hub_base_model NAMESPACE/NAME"),
     (["--eos_token", "</s>"], "--eos_token is refused"),
     (["--dataset_text_field", "body"], "rename column 'body' to text"),
     (["--packing", "true"], "--packing is refused: a packed sequence mixes records"),

@@ -42,6 +42,7 @@ from llm_unlearn.exact import training
 from llm_unlearn.exact.adapters import expected_shapes
 from llm_unlearn.exact.arguments import S3TConfig, make_config, make_shape
 from llm_unlearn.exact.config import ModelShape, RunConfig
+from llm_unlearn.exact.encryption import KEY_FILE_NAME
 from llm_unlearn.exact.keys import Keys
 from llm_unlearn.exact.node_training import NodeTask
 from llm_unlearn.exact.postgresql import Address
@@ -181,6 +182,11 @@ def placed(config: RunConfig, placement: Placement | None) -> RunConfig:
     return replace(config, keys=hashlib.sha256(placement.keys).hexdigest())
 
 
+def key_store_of(options: dict[str, Any]) -> str | None:
+    """Where the flags say that the keys are; None without encryption."""
+    return options.get("key_store", KEY_FILE_NAME) if options.get("encrypt") else None
+
+
 def make_run(
     path: Path,
     base: Path,
@@ -204,6 +210,7 @@ def make_run(
             PartitionKey.from_phrase(key),
             core=core,
             placement=placement,
+            key_store=key_store_of(options),
         )
     )
     if train:
@@ -212,11 +219,9 @@ def make_run(
 
 
 def node_bytes(run: S3TRun) -> dict[str, bytes]:
-    """Every file of every node, by its path below `nodes/`."""
-    root = run.path / "nodes"
-    return {
-        str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()
-    }
+    """What is in every file of every node, by its path below `nodes/`."""
+    root, read = run.path / "nodes", run.directory.at_rest.read
+    return {str(p.relative_to(root)): read(p) for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 def served_bytes(run: S3TRun) -> dict[str, bytes]:
@@ -282,6 +287,7 @@ def make_stub_run(
             core=core,
             placement=placement,
             ledger=ledger,
+            key_store=key_store_of(options),
         )
     )
 

@@ -22,7 +22,6 @@ LORA_FACTOR = 10.0
 REFUSED: dict[str, str] = {
     "load_best_model_at_end": "say --keep best",
     "auto_find_batch_size": "the batch size would depend on the free memory",
-    "push_to_hub": "publish the output directory afterwards",
     "group_by_length": "the order of rows depends on the seed alone",
 }
 STOPS = ("never", "utility_floor", "forget_at_retrain")
@@ -71,6 +70,12 @@ class UnlearningConfig(TrainingArguments):
     num_threads: int | None = field(
         default=None,
         metadata={"help": "CPU threads of every process; equal bits need equal ones (torch's)."},
+    )
+    hub_base_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "--push_to_hub: the base model's name on the Hub, if it is a directory here."
+        },
     )
     save_strategy: str = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default="epoch", metadata={"help": "epoch: an interrupted run goes on from there; or no."}

@@ -190,6 +190,7 @@ def train(
     config, work = copy.copy(session.config), session.work
     reference = Reference(session.tuned, work, session.pad_token_id)
     config.output_dir = str(work)
+    config.push_to_hub = False  # the trainer would publish its checkpoints
     stopper = make_stopper(config.stop_samples, session, method)
     modifier = make_modifier(config.retain_projection, session)
     trainer = UnlearningTrainer(

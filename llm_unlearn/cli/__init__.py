@@ -1,10 +1,28 @@
 """`llm-unlearn`: every command calls one function of the library and prints what it returns."""
 
 from llm_unlearn import console
-from llm_unlearn.cli import certificates, deleting, evaluations, runs
 from llm_unlearn.cli.application import app
 
-__all__ = ["app", "certificates", "deleting", "evaluations", "main", "runs"]
+# In the order in which the help shows them.
+# isort: off
+from llm_unlearn.cli import runs
+from llm_unlearn.cli import deleting
+from llm_unlearn.cli import certificates
+from llm_unlearn.cli import reporting
+from llm_unlearn.cli import publishing
+from llm_unlearn.cli import evaluations
+# isort: on
+
+__all__ = [
+    "app",
+    "certificates",
+    "deleting",
+    "evaluations",
+    "main",
+    "publishing",
+    "reporting",
+    "runs",
+]
 
 
 def main() -> None:

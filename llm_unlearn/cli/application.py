@@ -10,10 +10,13 @@ from llm_unlearn import console
 if TYPE_CHECKING:
     from llm_unlearn.exact.run import S3TRun
 
+# Headings of the help.
+RUNS, REQUESTS, PUBLISHING, EVALUATIONS = "Runs", "Requests", "Publishing", "Evaluations"
+
 MOST_SHARDS = 20  # that are shown one by one
 
 app = typer.Typer(
-    help="Exact unlearning: plan, delete, rebuild and verify runs made by recipes/s3t.py; compare evaluations.",
+    help="Exact unlearning: answer deletion requests on runs made by recipes/s3t.py, prove it, publish what is left.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_unlearn import console
-from llm_unlearn.cli.application import Json, RunPath, app, open_run
+from llm_unlearn.cli.application import REQUESTS, Json, RunPath, app, open_run
 from llm_unlearn.errors import RunError
 
 if TYPE_CHECKING:
     from llm_unlearn.exact.certificates import Verdict
 
 commands = typer.Typer(no_args_is_help=True, help="Certificates: show, verify, renew, stamp.")
-app.add_typer(commands, name="certificate")
+app.add_typer(commands, name="certificate", rich_help_panel=REQUESTS)
 
 CertificateFile = Annotated[
     Path, typer.Argument(metavar="FILE", help="A certificate, RUN/certificates/REQUEST.json.")

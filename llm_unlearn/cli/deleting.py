@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_unlearn import console
-from llm_unlearn.cli.application import MOST_SHARDS, Json, RunPath, app, open_run, rebuild_run
+from llm_unlearn.cli.application import (
+    MOST_SHARDS,
+    REQUESTS,
+    Json,
+    RunPath,
+    app,
+    open_run,
+    rebuild_run,
+)
 from llm_unlearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +25,7 @@ if TYPE_CHECKING:
     from llm_unlearn.exact.run import S3TRun
 
 
-@app.command()
+@app.command(rich_help_panel=REQUESTS)
 def delete(  # noqa: PLR0913 - typer makes an option of every argument
     run: RunPath,
     subject: Annotated[
@@ -69,7 +77,7 @@ def delete(  # noqa: PLR0913 - typer makes an option of every argument
         console.print_json({**done.to_dict(), "dry_run": dry_run, "rebuilt_nodes": None, **after})
 
 
-@app.command()
+@app.command(rich_help_panel=REQUESTS)
 def correct(
     run: RunPath,
     from_file: Annotated[
@@ -111,7 +119,7 @@ def correct(
         console.print_json({**asdict(done), "rebuilt_nodes": None, **after})
 
 
-@app.command()
+@app.command(rich_help_panel=REQUESTS)
 def records(
     run: RunPath,
     subject: Annotated[str, typer.Option(help="Whose records.")],

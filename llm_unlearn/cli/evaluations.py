@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from llm_unlearn import console
-from llm_unlearn.cli.application import Json, app
+from llm_unlearn.cli.application import EVALUATIONS, Json, app
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATIONS)
 def compare(
     outs: Annotated[
         list[Path], typer.Argument(metavar="OUT...", help="Directories of evaluations.")
@@ -41,7 +41,7 @@ def compare(
         console.warn(escape(note))
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATIONS)
 def fuse(
     adapters: Annotated[
         list[Path], typer.Argument(metavar="OUT...", help="Directories that --method eul wrote.")

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llm_unlearn import console
-from llm_unlearn.cli.application import MOST_SHARDS, Json, RunPath, app, open_run, rebuild_run
+from llm_unlearn.cli.application import MOST_SHARDS, RUNS, Json, RunPath, app, open_run, rebuild_run
 from llm_unlearn.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from llm_unlearn.exact.run import RunStatus
 
 
-@app.command()
+@app.command(rich_help_panel=RUNS)
 def plan(  # noqa: PLR0913 - typer makes an option of every argument
     num_shards: Annotated[int, typer.Option(help="Shards m.")] = 1,
     num_slices: Annotated[int, typer.Option(help="Slices L of a shard.")] = 4,
@@ -54,7 +54,7 @@ def plan(  # noqa: PLR0913 - typer makes an option of every argument
     )
 
 
-@app.command()
+@app.command(rich_help_panel=RUNS)
 def status(run: RunPath, as_json: Json = False) -> None:
     """What a run holds and serves, and which requests it has answered."""
     current = open_run(run).status()
@@ -94,6 +94,8 @@ def _print_status(current: "RunStatus") -> None:
         console.warn(f"a copy outside holds deleted data: {copy.kind} {copy.place} ({copy.id})")
     if current.core_records is not None:
         print(f"permanent core: {current.core_records} records, which cannot be deleted")
+    if current.key_store is not None:
+        print(f"encrypted at rest; keys in {current.key_store}")
     if not current.is_served:
         print("nothing is served yet")
     for shard in shown:
@@ -116,7 +118,7 @@ def _print_deadlines(current: "RunStatus") -> None:
             console.warn(f"request {entry.request} is {entry.state}: due {due:%Y-%m-%d %H:%M} UTC")
 
 
-@app.command()
+@app.command(rich_help_panel=RUNS)
 def rebuild(run: RunPath, as_json: Json = False) -> None:
     """Finish pending requests, then train every missing or damaged node."""
     trained = rebuild_run(open_run(run), quiet=as_json)
@@ -126,7 +128,7 @@ def rebuild(run: RunPath, as_json: Json = False) -> None:
         print(f"trained {trained} nodes" if trained else "nothing was missing")
 
 
-@app.command()
+@app.command(rich_help_panel=RUNS)
 def verify(
     run: RunPath,
     replay: Annotated[

@@ -63,7 +63,6 @@ REFUSED: dict[str, str] = {
     "pad_token": "set it in the tokenizer: it is part of what the run is made of",
     "model_init_kwargs": "say --dtype and --attn_implementation",
     "trust_remote_code": "code from a model repository is not run",
-    "push_to_hub": "publish RUN/served afterwards; the trainer would push what it trains",
     "use_liger_kernel": "its kernels were not checked for bitwise reproducibility",
     "resume_from_checkpoint": "an interrupted run resumes by itself: start it again on the same --output_dir",
 }
@@ -179,6 +178,12 @@ class S3TConfig(SFTConfig):
         default=None,
         metadata={"help": "CPU threads of every process; bits are compared under equal ones only."},
     )
+    hub_base_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "--push_to_hub: the base model's name on the Hub, if it is a directory here."
+        },
+    )
     key_path: str | None = field(
         default=None,
         metadata={"help": "secret.key of another run, to reproduce its slices and bits."},
@@ -189,6 +194,19 @@ class S3TConfig(SFTConfig):
         metadata={
             "help": "Keep the ledger on a PostgreSQL server: postgresql://USER@HOST/DATABASE, the password "
             "in ~/.pgpass or PGPASSWORD (default: a SQLite file in the run)."
+        },
+    )
+    encrypt: bool = field(
+        default=False,
+        metadata={
+            "help": "Encrypt records, nodes and caches on disk, each under a key that a deletion destroys."
+        },
+    )
+    key_store: str | None = field(
+        default=None,
+        metadata={
+            "help": "encrypt: a file for the keys, outside of what is backed up, or "
+            "vault+https://HOST/MOUNT/PATH (slice.keys in the run directory)."
         },
     )
     learning_rate: float = field(
@@ -251,6 +269,8 @@ def check_arguments(arguments: S3TConfig, model_arguments: ModelConfig) -> None:
         raise UserError(
             f"--dataset_text_field is refused: rename column {arguments.dataset_text_field!r} to text"
         )
+    if arguments.key_store is not None and not arguments.encrypt:
+        raise UserError("--key_store is for the keys of an encrypted run: say --encrypt too")
     if arguments.report_to not in (["none"], [], "none", None):
         raise UserError(
             "--report_to is refused: training curves of single nodes would outlive a deletion"

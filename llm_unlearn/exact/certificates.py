@@ -162,7 +162,7 @@ class Certifier:
                 "kinds": sorted({copy.kind for copy in self.outstanding}),
             },
             "out_of_reach": [
-                *residues.OUT_OF_REACH,
+                *residues.out_of_reach(run),
                 *(["the permanent core, on which all nodes stand"] if run.core else []),
                 *(f"unrecognised file in the run: {name}" for name in unknown),
             ],

@@ -5,9 +5,10 @@ depends on something deleted since; a stale copy that is not known to be gone is
 """
 
 import secrets
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.served import digest_of_served, read_lineage
@@ -51,19 +52,27 @@ def nodes_served(run: RunDirectory) -> list[str]:
     return [node["key"] for entry in lineages if entry for node in entry["nodes"]]
 
 
-def register(run: RunDirectory, kind: str, place: str, parent: Copy | None = None) -> Copy:
+def register(
+    run: RunDirectory,
+    kind: str,
+    place: str,
+    parent: Copy | None = None,
+    nodes: Sequence[str] | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> Copy:
     """Log a copy before it is made, so that a crash leaves none that nobody knows of.
 
     Args:
         parent: the copy that it was made from; what is served now by default.
+        nodes: keys of the nodes in it, where it holds a part of its parent.
+        details: what else its maker has to know of it later; it goes into the same event.
     """
-    nodes = list(parent.nodes) if parent else nodes_served(run)
+    if nodes is None:
+        nodes = parent.nodes if parent else nodes_served(run)
     served = parent.served if parent else digest_of_served(run)
     identity = secrets.token_hex(8)
-    run.ledger.append(
-        "copied",
-        {"id": identity, "kind": kind, "place": place, "served": served, "nodes": nodes},
-    )
+    told = {"id": identity, "kind": kind, "place": place, "served": served, "nodes": list(nodes)}
+    run.ledger.append("copied", {**(details or {}), **told})
     return next(copy for copy in known(run) if copy.id == identity)
 
 

@@ -72,6 +72,7 @@ def correct(run: RunDirectory, corrections: Sequence[Correction]) -> Corrected:
         for request, replacement in zip(requests, replacements, strict=True):
             run.slices.write_pending(request.id, [replacement.new])
         if requests:
+            run.at_rest.ensure_usable()
             run.ledger.acknowledge(*requests)
             settle(run)
     made = iter(replacements)

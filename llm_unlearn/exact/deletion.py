@@ -131,6 +131,7 @@ def delete_all(
         targets = [target for request in made for target in request.targets]
         core_records = _core_records(run, new, targets)
         if made and not dry_run:
+            run.at_rest.ensure_usable()
             run.ledger.acknowledge(*made)
             settle(run)
         elsewhere = {record.id for part in held.values() for record in part}
@@ -282,7 +283,8 @@ def settle(run: RunDirectory) -> None:
     pending = run.ledger.requests(pending=True)
     if not pending:
         run.slices.drop_pending()
-        residues.purge_temporary(run)  # what a crash left after it had finished the last request
+        if residues.purge_temporary(run):  # what a crash left, before or after the last request
+            residues.destroy_keys(run)
         return
     remaining = _change_records(run, pending)
     wanted = frozenset(run.wanted())
@@ -293,6 +295,7 @@ def settle(run: RunDirectory) -> None:
     purged = residues.purge_emptied(run)
     residues.purge_temporary(run)
     run.slices.drop_pending(keep={request.id for request in pending})
+    purged |= residues.destroy_keys(run)
     served = tuple(node["key"] for entry in lineages.values() for node in entry["nodes"])
     outcome = Outcome(wanted, served, depths_served(run), purged, remaining)
     _certify(run, pending, outcome)

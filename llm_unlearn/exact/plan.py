@@ -159,9 +159,9 @@ def make_plan(  # noqa: PLR0913 - every argument is one choice of the person who
         seed=seed,
         deletions_until_retraining=deletions,
         sisa_deletions_until_retraining=sisa_expected_deletions(num_shards, num_slices),
-        simulated_deletions=_estimate(simulated.all_shards_dead),
-        deletions_until_first_shard_dead=_estimate(simulated.first_shard_dead),
-        deletions_until_half_depth=_estimate(simulated.half_depth),
+        simulated_deletions=estimate(simulated.all_shards_dead),
+        deletions_until_first_shard_dead=estimate(simulated.first_shard_dead),
+        deletions_until_half_depth=estimate(simulated.half_depth),
         aimed_deletions_first_shard=num_first_slices,
         aimed_deletions_all_shards=num_shards * num_first_slices,
         training_cost=cost,
@@ -289,7 +289,8 @@ def _draw_deletions(plan: Plan, axes: "Axes") -> None:
     axes.legend(loc="lower right")
 
 
-def _estimate(values: np.ndarray) -> Estimate:
+def estimate(values: np.ndarray) -> Estimate:
+    """Mean and standard error of simulated values, shape (runs,)."""
     # One run has no spread to estimate from: NaN, not a confident zero.
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
     return Estimate(mean=float(values.mean()), standard_error=float(error))

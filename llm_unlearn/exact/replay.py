@@ -9,16 +9,17 @@ A record is captured alone and unpadded: its cached states are a function of tha
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import nn
 
 from llm_unlearn import files
 from llm_unlearn.decoder import find_decoder_layers
+from llm_unlearn.exact.encryption import AtRest
 
 
 class _Captured(Exception):
@@ -103,18 +104,24 @@ def replay(
 
 
 class StateCache:
-    """Cached states of one slice at one boundary: a safetensors file with one tensor a record."""
+    """Cached states of one slice at one boundary: a safetensors file with one tensor a record.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._file = safe_open(path, framework="pt")  # mapped: unlinking it does not disturb us
+    Mapped into memory, or of an encrypted run read into it: unlinking the file does not disturb us.
+    """
+
+    def __init__(self, path: Path, at_rest: AtRest):
+        self._get: Callable[[str], torch.Tensor]
+        if at_rest.is_encrypted:
+            self._get = load(at_rest.read(path)).__getitem__
+        else:
+            self._get = safe_open(path, framework="pt").get_tensor
 
     @staticmethod
-    def write(path: Path, states: dict[str, torch.Tensor]) -> None:
+    def write(path: Path, states: dict[str, torch.Tensor], at_rest: AtRest) -> None:
         path.parent.mkdir(exist_ok=True)
-        files.write_bytes(
-            path, save({name: tensor.cpu().contiguous() for name, tensor in states.items()})
-        )
+        data = save({name: tensor.cpu().contiguous() for name, tensor in states.items()})
+        (seal,) = at_rest.seals()
+        files.write_bytes(path, seal(path, data))
 
     def __getitem__(self, record_id: str) -> torch.Tensor:
-        return self._file.get_tensor(record_id)
+        return self._get(record_id)

@@ -28,11 +28,17 @@ KNOWN_FILES = {
     "certificates": r"[0-9a-f]{16}\.json(\.tsr)?",
 }
 
+COPIES = "copies of the run directory or of earlier served adapters (backups, downloads, the Hub, other servers)"
+ENCRYPTED_COPIES = (
+    "copies of earlier served adapters, which are not encrypted, and copies of the key store made before the "
+    "deletion; records, nodes and caches in copies of the run directory cannot be opened without those"
+)
+
 # What no run directory can reach; named in every certificate.
 OUT_OF_REACH = (
     "the pre-training data of the base model",
     "the source of the records (the file or Hub dataset that the run was made from)",
-    "copies of the run directory or of earlier served adapters (backups, downloads, the Hub, other servers)",
+    COPIES,
     "blocks that the file system or the disk has freed but not overwritten",
 )
 
@@ -68,6 +74,21 @@ def purge_temporary(run: RunDirectory) -> int:
     for path in stale:
         files.remove(path)
     return len(stale)
+
+
+def destroy_keys(run: RunDirectory) -> dict[str, int]:
+    """Destroy the keys of what is gone; how many, empty for a run without encryption.
+
+    The caller holds the run's lock and has removed everything else.
+    """
+    return run.at_rest.destroy_keys()
+
+
+def out_of_reach(run: RunDirectory) -> list[str]:
+    """What this run cannot reach; where it is encrypted, old copies are in reach, and their keys are not."""
+    if not run.at_rest.is_encrypted:
+        return list(OUT_OF_REACH)
+    return [ENCRYPTED_COPIES if line == COPIES else line for line in OUT_OF_REACH]
 
 
 def unrecognised(run: RunDirectory) -> list[Path]:

@@ -16,6 +16,7 @@ from llm_unlearn.exact.certificates import certificate_path, read_certificate
 from llm_unlearn.exact.copies import Copy, nodes_served, outstanding
 from llm_unlearn.exact.correction import Corrected, correct
 from llm_unlearn.exact.deletion import Deletion, delete, delete_all, depths_served, renew, settle
+from llm_unlearn.exact.encryption import KEY_FILE_NAME
 from llm_unlearn.exact.ledger import Request
 from llm_unlearn.exact.postgresql import ADDRESS_NAME, Address
 from llm_unlearn.exact.slices import Placement
@@ -82,6 +83,7 @@ class RunStatus:
     core_records: int | None = None
     deadlines: list[Deadline] = field(default_factory=list)
     outstanding_copies: list[Copy] = field(default_factory=list)
+    key_store: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -153,10 +155,22 @@ class S3TRun:
                     f"{path} keeps its ledger elsewhere than --ledger_url: leave the flag out (when the "
                     f"server has moved, edit {path}/{ADDRESS_NAME})"
                 )
+            directory.at_rest.ensure_same(arguments.encrypt, arguments.key_store)
             return cls(directory)
+        key_store = (arguments.key_store or KEY_FILE_NAME) if arguments.encrypt else None
         if arguments.exact_method != "lego":
             return cls(
-                RunDirectory.create(path, records, config, shape, key, source, core, ledger=ledger)
+                RunDirectory.create(
+                    path,
+                    records,
+                    config,
+                    shape,
+                    key,
+                    source,
+                    core,
+                    ledger=ledger,
+                    key_store=key_store,
+                )
             )
         if core:
             raise UserError("--exact_method lego has no permanent core")
@@ -166,8 +180,9 @@ class S3TRun:
         config = replace(config, keys=keys.digest)
         placement = Placement(keys.placement(model, tokenizer, config.max_length), keys.to_bytes())
         directory = RunDirectory.create(
-            path, records, config, shape, key, source, placement=placement, ledger=ledger
-        )
+            path, records, config, shape, key, source, placement=placement,
+            ledger=ledger, key_store=key_store,
+        )  # fmt: skip
         return cls(directory)
 
     @property
@@ -189,7 +204,7 @@ class S3TRun:
         """What a person should know about the data before training: sizes, splits, shared texts."""
         directory = self.directory
         sizes = {name: directory.slices.header(name).records for name in directory.slices.names}
-        found = [*self._core_warnings(), *describe_sizes(sizes)]
+        found = [*self._core_warnings(), *describe_sizes(sizes), *directory.at_rest.warnings()]
         if split := describe_split(directory.config.blocks, directory.blocks):
             found.append(split)
         texts, records = directory.slices.shared_texts()
@@ -297,6 +312,7 @@ class S3TRun:
             core_records=directory.slices.header(CORE).records if directory.core else None,
             deadlines=_deadlines(requests, copies),
             outstanding_copies=copies,
+            key_store=directory.at_rest.place,
         )
 
     def _shard_status(self, shard: int, served_depth: int) -> ShardStatus:

@@ -59,10 +59,10 @@ def simulate_deletions(
     """
     parts = []
     for first_hit in _first_hit_chunks(num_shards, sequences, runs, seed, fan_out):
-        stage_lost = _stage_lost(first_hit, sequences)
-        shard_dead = stage_lost[0]
+        lost = stage_lost(first_hit, sequences)
+        shard_dead = lost[0]
         # The mean depth falls below one half when more than half of all m L stages are lost.
-        every_stage = stage_lost.reshape(-1, stage_lost.shape[-1])
+        every_stage = lost.reshape(-1, lost.shape[-1])
         middle = len(every_stage) // 2
         parts.append(
             SimulationResult(
@@ -91,7 +91,7 @@ def simulate_depth(
     lost_at = np.zeros(num_requests + 2)
     num_stages = num_shards * check_sequences(sequences) * runs
     for first_hit in _first_hit_chunks(num_shards, sequences, runs, seed, fan_out=1):
-        times = np.minimum(_stage_lost(first_hit, sequences), num_requests + 1)
+        times = np.minimum(stage_lost(first_hit, sequences), num_requests + 1)
         lost_at += np.bincount(times.ravel(), minlength=num_requests + 2)
     return 1.0 - np.cumsum(lost_at)[: num_requests + 1] / num_stages
 
@@ -109,12 +109,12 @@ def _first_hit_chunks(
     chunk = max(1, _TIMES_PER_CHUNK // num_all_slices)
     for start in range(0, runs, chunk):
         chunk_runs = min(chunk, runs - start)
-        times = _discovery_times(num_all_slices, chunk_runs, fan_out, generator)
+        times = discovery_times(num_all_slices, chunk_runs, fan_out, generator)
         first_hit = generator.permuted(times, axis=0)
         yield first_hit.reshape(num_slices, num_shards, chunk_runs)
 
 
-def _discovery_times(
+def discovery_times(
     num_all_slices: int, runs: int, fan_out: int, generator: np.random.Generator
 ) -> np.ndarray:
     """Number of requests until 1, 2, ..., all different slices are hit; shape (slices, runs).
@@ -132,7 +132,7 @@ def _discovery_times(
 def _discovery_times_fan_out(
     num_all_slices: int, runs: int, fan_out: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """As `_discovery_times`, several slices per request.
+    """As `discovery_times`, several slices per request.
 
     The wait for a request that hits anything new is still geometric; how many new slices it hits
     is hypergeometric, given that there is at least one.
@@ -186,11 +186,12 @@ def _geometric(exponential: np.ndarray, failure: np.ndarray) -> np.ndarray:
     return np.maximum(waits, 1.0, out=waits).astype(_COUNT)
 
 
-def _stage_lost(first_hit: np.ndarray, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+def stage_lost(first_hit: np.ndarray, sequences: Sequence[Sequence[int]]) -> np.ndarray:
     """Request after which fewer than k+1 stages survive in the best sequence; entry k, shard, run.
 
     Shapes (L, m, runs) to (L, m, runs). A stage is lost with the first hit of any slice up to its
-    own; depth k+1 is lost when it is lost in all sequences.
+    own; depth k+1 is lost when it is lost in all sequences. Where all sequences are shorter than L,
+    what is deeper is lost at 0.
     """
     lost = np.zeros_like(first_hit)
     for sequence in sequences:

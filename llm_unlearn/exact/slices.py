@@ -30,6 +30,7 @@ from llm_unlearn.data.partition import (
 )
 from llm_unlearn.data.records import Record, canonical
 from llm_unlearn.errors import RunError
+from llm_unlearn.exact.encryption import AtRest, Seal
 
 DIGEST_TYPE = np.dtype("<u8")
 assert DIGEST_TYPE.itemsize == TEXT_DIGEST_BYTES
@@ -75,6 +76,7 @@ class SliceStore:
     Args:
         num_shards: 0 for one for each subject, numbered by its keyed hash.
         is_keyed: whether the key places subjects; if not, they can be anywhere.
+        at_rest: how the files lie on disk; as they are by default.
     """
 
     def __init__(
@@ -84,10 +86,12 @@ class SliceStore:
         num_shards: int,
         num_slices: int,
         is_keyed: bool = True,
+        at_rest: AtRest | None = None,
     ):
         self.directory = directory
         self.key = key
         self.is_keyed = is_keyed
+        self.at_rest = at_rest or AtRest()
         self._shape = (num_shards, num_slices)
 
     @property
@@ -142,17 +146,19 @@ class SliceStore:
             entry = self._entry(record)
             for home in homes:
                 entries.setdefault(home, []).append(entry)
-        for name in sorted(entries):
-            self._write(name, entries.pop(name))
+        seals = self.at_rest.seals(len(entries))
+        for name, seal in zip(sorted(entries), seals, strict=True):
+            self._write(name, entries.pop(name), seal)
 
     def write_core(self, records: Iterable[Record]) -> None:
-        self._write(CORE, [self._entry(record) for record in records])
+        (seal,) = self.at_rest.seals()
+        self._write(CORE, [self._entry(record) for record in records], seal)
 
     def _entry(self, record: Record) -> Entry:
         line = record.to_line()
         return self.key.leaf(line), line, self.key.text_digest(record)
 
-    def _write(self, name: SliceName, entries: list[Entry]) -> SliceHeader:
+    def _write(self, name: SliceName, entries: list[Entry], seal: Seal) -> SliceHeader:
         entries = sorted(entries)
         lines = [line for _, line, _ in entries]
         header = SliceHeader(
@@ -162,14 +168,22 @@ class SliceStore:
             subjects=len(set(map(_quoted_subject, lines))),
             root=merkle_root([leaf for leaf, _, _ in entries]),
         )
-        path = self.path(name)
+        path, texts, shown = self.path(name), self._texts_path(header), canonical(asdict(header))
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(self._texts_path(header), b"".join(text for _, _, text in entries))
-        files.write_bytes(path, b"\n".join([canonical(asdict(header)), *lines, b""]))
-        for stale in path.parent.glob(f"{path.stem}.*.texts"):
-            if stale != self._texts_path(header):
-                files.remove(stale)
+        files.write_bytes(texts, seal(texts, b"".join(text for _, _, text in entries)))
+        files.write_bytes(path, seal(path, b"\n".join([shown, *lines, b""]), shown))
+        self._remove_stale_texts(header)
         return header
+
+    def _remove_stale_texts(self, header: SliceHeader) -> None:
+        for stale in self.stale_texts(header):
+            files.remove(stale)
+
+    def stale_texts(self, header: SliceHeader) -> list[Path]:
+        """Files with digests of what a slice held before."""
+        path = self.path(SliceName(header.shard, header.slice))
+        current = self._texts_path(header)
+        return [found for found in path.parent.glob(f"{path.stem}.*.texts") if found != current]
 
     def _texts_path(self, header: SliceHeader) -> Path:
         path = self.path(SliceName(header.shard, header.slice))
@@ -182,8 +196,7 @@ class SliceStore:
         """Reads one line. `verify` checks that it tells the truth about the others."""
         path = self.path(name)
         try:
-            with path.open("rb") as stream:
-                return SliceHeader(**json.loads(stream.readline()))
+            return SliceHeader(**json.loads(self.at_rest.first_line(path)))
         except FileNotFoundError:
             raise RunError(f"{path} is missing: restore the run directory from a backup") from None
         except (ValueError, TypeError):
@@ -197,7 +210,7 @@ class SliceStore:
     def lines(self, name: SliceName) -> Iterator[bytes]:
         path = self.path(name)
         try:
-            return iter(path.read_bytes().removesuffix(b"\n").split(b"\n")[1:])
+            return iter(self.at_rest.read(path).removesuffix(b"\n").split(b"\n")[1:])
         except FileNotFoundError:
             raise RunError(f"{path} is missing: restore the run directory from a backup") from None
 
@@ -254,7 +267,10 @@ class SliceStore:
         if not kept and not new and not self._shape[0]:
             self._remove_shard(name)
         elif removed or new:
-            self._write(name, kept + new)
+            (seal,) = self.at_rest.seals()
+            self._write(name, kept + new, seal)
+        elif not self._is_gone(name):
+            self._remove_stale_texts(self.header(name))  # a crash may have come before that
         return removed
 
     def _remove_shard(self, name: SliceName) -> None:
@@ -283,7 +299,8 @@ class SliceStore:
         """Keep what a request will insert, before it is acknowledged."""
         path = self._pending_path(request)
         path.parent.mkdir(exist_ok=True)
-        files.write_bytes(path, b"\n".join(record.to_line() for record in records))
+        (seal,) = self.at_rest.seals()
+        files.write_bytes(path, seal(path, b"\n".join(record.to_line() for record in records)))
 
     def read_pending(self, request: str) -> list[Record]:
         """What `write_pending` kept.
@@ -293,7 +310,7 @@ class SliceStore:
         """
         path = self._pending_path(request)
         try:
-            return [Record.from_line(line) for line in path.read_bytes().split(b"\n")]
+            return [Record.from_line(line) for line in self.at_rest.read(path).split(b"\n")]
         except (OSError, ValueError, TypeError):
             raise RunError(f"{path} is missing or damaged: restore it from a backup") from None
 
@@ -301,7 +318,7 @@ class SliceStore:
         """Remove what was kept for requests that are carried out or were never acknowledged."""
         for path in (self.directory / "pending").glob("*.jsonl"):
             if path.stem not in keep:
-                files.remove(path)
+                self.at_rest.discard(path)
 
     def _pending_path(self, request: str) -> Path:
         return self.directory / "pending" / f"{request}.jsonl"
@@ -372,8 +389,9 @@ class SliceStore:
     def _text_digests(self, name: SliceName) -> np.ndarray:
         header = self.header(name)
         path = self._texts_path(header)
-        if path.is_file() and path.stat().st_size == header.records * TEXT_DIGEST_BYTES:
-            return np.fromfile(path, dtype=DIGEST_TYPE)
+        held = self.at_rest.read(path) if path.is_file() else None
+        if held is not None and len(held) == header.records * TEXT_DIGEST_BYTES:
+            return np.frombuffer(held, dtype=DIGEST_TYPE)
         return self._digests(self.read(name))
 
     def has_texts_of(self, name: SliceName, records: list[Record]) -> bool:

@@ -2,6 +2,7 @@
 
     RUN/run.json            configuration and base model, written once and last
     RUN/secret.key          the partition key, mode 0600
+    RUN/encryption.json     where the keys of an encrypted run are: slice.keys beside it, or elsewhere
     RUN/keys.safetensors    the public keys of LegoNet, where they place the records
     RUN/ledger.sqlite       requests, tombstones, events; or ledger.url, which says on what server
     RUN/ledger.head         remembers the end of the ledger's chain; ledger.lock guards it
@@ -16,6 +17,7 @@
 What is wanted is always derived from run.json and the records; nothing is believed twice.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -28,10 +30,11 @@ from llm_unlearn import files
 from llm_unlearn.data.partition import CORE, KEY_BYTES, PartitionKey, merkle_root
 from llm_unlearn.data.records import Record, canonical
 from llm_unlearn.errors import RunError, UserError
-from llm_unlearn.exact.adapters import WEIGHTS_NAME, Tensors, file_digest, load_tensors, to_bytes
+from llm_unlearn.exact.adapters import WEIGHTS_NAME, Tensors, to_bytes
 from llm_unlearn.exact.blocks import Block, make_blocks
 from llm_unlearn.exact.config import ModelShape, RunConfig
 from llm_unlearn.exact.database import Database
+from llm_unlearn.exact.encryption import KEY_FILE_NAME, SETTINGS_NAME, AtRest, Encrypted
 from llm_unlearn.exact.ledger import Ledger
 from llm_unlearn.exact.postgresql import ADDRESS_NAME, Address
 from llm_unlearn.exact.slices import Placement, SliceStore
@@ -44,16 +47,22 @@ KEYS_NAME = "keys.safetensors"
 OWN_ENTRIES = (
     "run.json", "secret.key", KEYS_NAME, "ledger.sqlite", "ledger.sqlite-journal", "ledger.url", "ledger.head",
     "ledger.head.part", "ledger.lock", "records", "nodes",
+    SETTINGS_NAME, KEY_FILE_NAME,
     "served", "generations", "cache", "trainer", "certificates", "signing.key", "signing.pub", "policy.toml",
     "rebuild.log", "state.lock", "train.lock",
 )  # fmt: skip
 
 
 class NodeStore:
-    """Trained nodes by key. A node exists whole or not at all."""
+    """Trained nodes by key. A node exists whole or not at all.
 
-    def __init__(self, directory: Path):
+    Args:
+        at_rest: how the files lie on disk; as they are by default.
+    """
+
+    def __init__(self, directory: Path, at_rest: AtRest | None = None):
         self.directory = directory
+        self.at_rest = at_rest or AtRest()
 
     def exists(self, key: str) -> bool:
         return (self.directory / key / MANIFEST_NAME).is_file()
@@ -71,7 +80,7 @@ class NodeStore:
     def manifest(self, key: str) -> dict[str, Any]:
         path = self.directory / key / MANIFEST_NAME
         try:
-            return json.loads(path.read_bytes())
+            return json.loads(self.at_rest.read(path))
         except (OSError, ValueError):
             raise RunError(
                 f"{path} is damaged or missing: `llm-unlearn rebuild` trains the node again"
@@ -80,20 +89,24 @@ class NodeStore:
     def is_intact(self, key: str) -> bool:
         """Are weights and index those that the manifest names? Reads the whole node."""
         try:
-            manifest, directory = self.manifest(key), self.directory / key
-            if "words" in manifest and file_digest(directory / WORDS_NAME) != manifest["words"]:
+            manifest = self.manifest(key)
+            if "words" in manifest and self.digest(key, WORDS_NAME) != manifest["words"]:
                 return False
-            return file_digest(directory / WEIGHTS_NAME) == manifest["weights"]
+            return self.digest(key, WEIGHTS_NAME) == manifest["weights"]
         except (RunError, OSError, KeyError, TypeError):
             return False
 
+    def digest(self, key: str, name: str) -> str:
+        """SHA-256 of what is in a file of a node."""
+        return self.at_rest.digest(self.directory / key / name)
+
     def load(self, key: str) -> Tensors:
-        return load_tensors(self.directory / key / WEIGHTS_NAME)
+        return self.at_rest.tensors(self.directory / key / WEIGHTS_NAME)
 
     def words(self, key: str) -> bytes | None:
         """The node's index as a file, None for one that was trained without."""
         path = self.directory / key / WORDS_NAME
-        return path.read_bytes() if path.is_file() else None
+        return self.at_rest.read(path) if path.is_file() else None
 
     def publish(
         self,
@@ -112,19 +125,23 @@ class NodeStore:
             before: called with the digests of both files just before the node becomes visible.
         """
         self.directory.mkdir(exist_ok=True)
-        temporary = files.temporary_name(self.directory / node.key)
+        final = self.directory / node.key
+        temporary = files.temporary_name(final)
         temporary.mkdir()
-        data = to_bytes(tensors)
-        (temporary / WEIGHTS_NAME).write_bytes(data)
-        weights = file_digest(temporary / WEIGHTS_NAME)
+        contents = {WEIGHTS_NAME: to_bytes(tensors)}
+        weights = hashlib.sha256(contents[WEIGHTS_NAME]).hexdigest()
         manifest = {"version": FORMAT_VERSION, **node.to_dict(), "weights": weights, **details}
         if words is not None:
-            (temporary / WORDS_NAME).write_bytes(to_bytes(words))
-            manifest["words"] = file_digest(temporary / WORDS_NAME)
-        (temporary / MANIFEST_NAME).write_bytes(canonical(manifest))
+            contents[WORDS_NAME] = to_bytes(words)
+            manifest["words"] = hashlib.sha256(contents[WORDS_NAME]).hexdigest()
+        contents[MANIFEST_NAME] = canonical(manifest)
+        (seal,) = self.at_rest.seals()
+        for name, data in contents.items():
+            (temporary / name).write_bytes(seal(final / name, data))
         if before is not None:
-            before({"weights": weights, "manifest": file_digest(temporary / MANIFEST_NAME)})
-        files.publish_directory(temporary, self.directory / node.key)
+            described = hashlib.sha256(contents[MANIFEST_NAME]).hexdigest()
+            before({"weights": weights, "manifest": described})
+        files.publish_directory(temporary, final)
 
     def remove(self, key: str) -> None:
         """Drop a node: out of sight by a rename first, so that a crash leaves no half of it."""
@@ -138,6 +155,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, description: dict[str, Any], key: PartitionKey):
         self.path = path
+        encryption: str | None = description.get("encryption")
+        self.at_rest = Encrypted(path, encryption) if encryption else AtRest()
         self.config = RunConfig.from_dict(description["config"])
         self.shape = ModelShape.from_dict(description["model"])
         self.key = key
@@ -148,8 +167,9 @@ class RunDirectory:
             self.config.num_shards,
             self.config.num_slices,
             is_keyed=self.config.keys is None,
+            at_rest=self.at_rest,
         )
-        self.nodes = NodeStore(path / "nodes")
+        self.nodes = NodeStore(path / "nodes", self.at_rest)
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
@@ -190,6 +210,7 @@ class RunDirectory:
         core: Sequence[Record] = (),
         placement: Placement | None = None,
         ledger: Address | None = None,
+        key_store: str | None = None,
     ) -> "RunDirectory":
         """Partition the records and write a new run. run.json comes last: a crash leaves no run.
 
@@ -199,6 +220,7 @@ class RunDirectory:
             source: where the records came from, for the record only.
             placement: where public keys and not the run's key place the records.
             ledger: where on a PostgreSQL server the ledger goes; by default it is a file of the run.
+            key_store: where the keys are kept that the run is encrypted with; it is not, without one.
 
         Raises:
             RunError: the server of the ledger cannot be used.
@@ -217,7 +239,9 @@ class RunDirectory:
         path.chmod(0o700)
         with files.locked(path / "state.lock", "creating it"):
             key = key or PartitionKey.random()
-            return cls._create(path, records, config, shape, key, source, core, placement, ledger)
+            return cls._create(
+                path, records, config, shape, key, source, core, placement, ledger, key_store
+            )
 
     @classmethod
     def _create(  # noqa: PLR0913
@@ -231,11 +255,13 @@ class RunDirectory:
         core: Sequence[Record],
         placement: Placement | None,
         ledger: Address | None,
+        key_store: str | None,
     ) -> "RunDirectory":
         if (path / "run.json").exists():
             raise UserError(f"{path} already holds a run")
         if ledger is not None and (abandoned := Address.read(path)) and abandoned.url == ledger.url:
             Database(abandoned).drop()
+        Encrypted.abandon(path)
         for entry in path.iterdir():
             if not entry.name.endswith(".lock"):
                 files.remove(entry)  # what a killed creation left
@@ -249,6 +275,8 @@ class RunDirectory:
         }
         permanent = {"core": merkle_root([key.leaf(r.to_line()) for r in core])} if core else {}
         description |= permanent
+        if key_store is not None:
+            description["encryption"] = Encrypted.create(path, key_store).identity
         run = cls(path, json.loads(canonical(description)), key)
         if ledger is not None:
             ledger.write(path)

@@ -126,6 +126,7 @@ def train_again(
     finally:
         with run.changing("clearing caches"):
             residues.purge_emptied(run)
+            residues.destroy_keys(run)
     if again is None:
         raise RunError(f"{run.path} was changed by a deletion meanwhile: run the command again")
     return again
@@ -264,7 +265,7 @@ def _cache_states(run: RunDirectory, base: PreTrainedModel, task: Task) -> bool:
         with run.changing("caching hidden states"):
             if not run.wants(task.node):
                 return False
-            StateCache.write(path, states)
+            StateCache.write(path, states, run.at_rest)
     return True
 
 
@@ -278,7 +279,7 @@ def _open_states(run: RunDirectory, task: Task) -> dict[str, StateCache] | None:
     with run.changing("opening hidden states") if state.is_main_process else nullcontext():
         if not _from_main(lambda: all(path.exists() for path in paths.values())):
             return None
-        caches = {part: StateCache(path) for part, path in paths.items()}
+        caches = {part: StateCache(path, run.at_rest) for part, path in paths.items()}
         state.wait_for_everyone()
     return {example.record_id: caches[part] for part, example in task.examples}
 
@@ -330,6 +331,7 @@ def _finish(run: RunDirectory) -> dict[int, int]:
         settle(run)
         lineages = serve(run)
         residues.purge_emptied(run)
+        residues.destroy_keys(run)
         digests = {
             run.member_name(member).removeprefix("shard-"): entry["digest"]
             for member, entry in lineages.items()

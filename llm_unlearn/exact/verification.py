@@ -100,6 +100,8 @@ def _read_and_check(run: RunDirectory, name: SliceName, where: str, check: Check
     root = merkle_root([run.key.leaf(line) for line in lines])
     if root != header.root or len(lines) != header.records:
         check.problems.append(f"{where}: they are not the ones their header names")
+    elif run.slices.stale_texts(header):
+        check.problems.append(f"{where}: digests of what it held before are left")
     elif not run.slices.has_texts_of(name, records):
         check.problems.append(f"{where}: the digests of their texts are not theirs")
     return records
@@ -135,7 +137,7 @@ def check_nodes(run: RunDirectory) -> Check:
             check.problems.append(
                 f"node {key[:12]}: its weights are not those that the ledger logged"
             )
-        elif logged[key]["manifest"] != file_digest(run.nodes.directory / key / MANIFEST_NAME):
+        elif logged[key]["manifest"] != run.nodes.digest(key, MANIFEST_NAME):
             check.problems.append(
                 f"node {key[:12]}: its manifest is not the one that the ledger logged"
             )
@@ -260,6 +262,11 @@ def check_residues(run: RunDirectory) -> Check:
     return check
 
 
+def check_encryption(run: RunDirectory) -> Check:
+    """Every file that is to be encrypted is, opens with a living key of its own, and no other key is left."""
+    return Check("encryption", *run.at_rest.problems())
+
+
 CHECKS: tuple[Callable[[RunDirectory], Check], ...] = (
     check_ledger,
     check_records,
@@ -273,14 +280,15 @@ CHECKS: tuple[Callable[[RunDirectory], Check], ...] = (
 def verify(run: RunDirectory) -> list[Check]:
     """All checks that need no model, in the order in which a person would want to read them."""
     with run.changing("changing it"):
-        return [_guarded(check, run) for check in CHECKS]
+        more = (check_encryption,) if run.at_rest.is_encrypted else ()
+        return [_guarded(check, run) for check in (*CHECKS, *more)]
 
 
 def _guarded(check: Callable[[RunDirectory], Check], run: RunDirectory) -> Check:
     """A check that stumbles over damage reports it as a problem; the other checks still run."""
     try:
         return check(run)
-    except (RunError, OSError, ValueError, TypeError, KeyError) as error:
+    except (UserError, OSError, ValueError, TypeError, KeyError) as error:
         name = check.__name__.removeprefix("check_")
         return Check(name, problems=[f"cannot be checked: {error}"])
 

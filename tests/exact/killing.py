@@ -53,6 +53,7 @@ def kill_at(point: int) -> None:
 
     for owner, name in [
         (os, "replace"), (os, "rename"), (os, "symlink"), (os, "link"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
+        (os, "pwrite"),
         (files, "write_bytes"), (files, "remove"), (files, "publish_link"), (files, "publish_directory"),
         (Path, "write_bytes"), (Path, "rename"), (Path, "unlink"), (Ledger, "acknowledge"), (Ledger, "finish"),
         (Ledger, "append"), (Ledger, "_append"), (ledger, "advance_head"),

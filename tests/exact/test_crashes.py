@@ -32,6 +32,7 @@ from tests.tiny import (
 SHAPES: dict[str, dict[str, Any]] = {
     "ranks": {"num_slices": 2, "num_sequences": 2},
     "whole": {"num_slices": 2, "blocks": "whole"},
+    "encrypted": {"num_slices": 2, "num_sequences": 1, "encrypt": True},
     "core": {"num_slices": 1, "num_sequences": 1, "core": core_records()},
 }
 # Deletions also where shards vanish, and where a subject is in several.
@@ -60,6 +61,10 @@ def every_point(
         check()
         if outcome == 0:
             return point - 1
+
+
+def names_below(path: Path) -> list[str]:
+    return sorted(str(entry.relative_to(path)) for entry in path.rglob("*"))
 
 
 @pytest.fixture(params=SHAPES)
@@ -121,6 +126,7 @@ def test_deletion_survives_kill_9_at_every_point(
     shutil.copytree(reference, done, symlinks=True)
     S3TRun.open(done).delete([VICTIM])
     expected = node_bytes(S3TRun.open(done)), served_bytes(S3TRun.open(done))
+    records = names_below(done / "records")
     acknowledged = 0
 
     def prepare() -> None:
@@ -138,6 +144,7 @@ def test_deletion_survives_kill_9_at_every_point(
             assert node_bytes(run).keys() > expected[0].keys()
             run.delete([VICTIM])
         assert (node_bytes(run), served_bytes(run)) == expected
+        assert names_below(path / "records") == records
         assert len(run.directory.ledger.requests()) == 1
         assert len(list((path / "certificates").iterdir())) == 1
         assert run.delete([VICTIM]).request is None
