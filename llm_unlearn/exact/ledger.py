@@ -211,9 +211,10 @@ class Ledger:
             if marked.rowcount != len(done):
                 raise RunError("a request that was carried out is not pending; nothing was changed")
 
-    def append(self, kind: str, payload: Mapping[str, Any]) -> None:
+    def append(self, kind: str, *payloads: Mapping[str, Any]) -> None:
+        """Log entries of a kind, all of them or none."""
         with self._transaction() as connection:
-            self._append(connection, kind, [payload])
+            self._append(connection, kind, payloads)
 
     def _append(
         self, connection: sql.Connection, kind: str, payloads: Sequence[Mapping[str, Any]]
