@@ -246,10 +246,14 @@ class S3TRun:
         return delete(self.directory, subjects, with_duplicates, dry_run)
 
     def delete_all(
-        self, asks: Sequence[Ask], with_duplicates: bool = False, dry_run: bool = False
+        self,
+        asks: Sequence[Ask],
+        with_duplicates: bool = False,
+        dry_run: bool = False,
+        near: str | None = None,
     ) -> Deletion:
         """Delete what is asked for, a request each; see `llm_unlearn.exact.deletion.delete_all`."""
-        return delete_all(self.directory, asks, with_duplicates, dry_run)
+        return delete_all(self.directory, asks, with_duplicates, dry_run, near)
 
     def correct(self, corrections: Sequence[Correction]) -> Corrected:
         """Replace records, all or none; see `llm_unlearn.exact.correction.correct`."""
