@@ -443,7 +443,7 @@ DAMAGES = {
     "edited": (edit_ledger("update events set payload='{}' where kind='trained'"), "was edited"),
     "edited request": (
         edit_ledger("update events set payload='{}' where kind='request'"),
-        "cannot be followed",
+        "was edited",
     ),
     "not JSON": (edit_ledger("update events set payload='x' where sequence=1"), "ledger: "),
     "dropped": (edit_ledger("delete from events where sequence=2"), "entry 2 is missing"),
