@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llm_unlearn import console
-from llm_unlearn.cli.application import Json, RunPath, app, open_run
+from llm_unlearn.cli.application import PUBLISHING, REQUESTS, Json, RunPath, app, open_run
 from llm_unlearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MOST_SHOWN = 20  # near-duplicates that are shown one by one
 
 
-@app.command()
+@app.command(rich_help_panel=PUBLISHING)
 def export(
     run: RunPath,
     output: Annotated[Path, typer.Option(help="A new directory, outside of the run.")],
@@ -51,7 +51,7 @@ def export(
     print(f"how to load it: {done.place / 'README.md'}")
 
 
-@app.command()
+@app.command(rich_help_panel=PUBLISHING)
 def copies(
     run: RunPath,
     add: Annotated[
@@ -129,7 +129,7 @@ def _print_copies(run: Path, found: "list[CopyStatus]") -> None:
         )
 
 
-@app.command("near-duplicates")
+@app.command("near-duplicates", rich_help_panel=REQUESTS)
 def near_duplicates(
     run: RunPath,
     subject: Annotated[list[str], typer.Option(help="Whose records; repeatable.")],
