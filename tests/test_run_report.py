@@ -504,7 +504,7 @@ def test_copies_outside(run: S3TRun, tmp_path: Path) -> None:
     hub = copies.register(run.directory, "hub", "somebody/adapter@abc")
     vanished = copies.register(run.directory, "vllm", str(tmp_path / "never"))
     run.delete([f"person {number}" for number in range(12)])
-    copies.register(run.directory, "gguf-ready", str(merged))
+    copies.register(run.directory, "gguf-ready", str(merged.parent))
     copies.mark_gone(run.directory, hub.id, "purged and asked for")
     run.directory.ledger.append("purged", {"repository": "somebody/adapter"})
     found = read(run)
