@@ -9,6 +9,7 @@ line comes from a process of its own, with its peak memory; `status` shows what 
 
 import argparse
 import hashlib
+import json
 import multiprocessing
 import resource
 import statistics
@@ -35,7 +36,7 @@ from llm_unlearn.exact.store import RunDirectory
 
 NUM_SHARDS, NUM_SLICES, NUM_SEQUENCES = 5, 4, 2
 COMMAND = [sys.executable, "-c", "from llm_unlearn.cli import main; main()"]
-REPEATS, BATCH = 5, 1_000
+REPEATS = 5
 
 
 class Cost(NamedTuple):
@@ -45,6 +46,12 @@ class Cost(NamedTuple):
 
 def subject_name(index: int) -> str:
     return f"person {index:07d}"
+
+
+def request_line(subject: str) -> str:
+    """A request as it comes from outside: each gets a certificate of its own."""
+    told = {"subject": subject, "deadline": "2030-01-01", "idempotency_key": subject}
+    return json.dumps(told | {"reason": "asked for"})
 
 
 def make_records(records: int, subjects: int) -> Iterator[Record]:
@@ -119,15 +126,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="deletion from a large run against starting over")
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--subjects", type=int, default=100_000)
+    parser.add_argument("--requests", type=int, default=10_000, help="in one file")
     parser.add_argument("--encrypt", action="store_true", help="encrypt the run")
     options = parser.parse_args(argv)
-    if options.subjects < BATCH + 2 * REPEATS + 1:
-        parser.error(f"--subjects must be more than {BATCH + 2 * REPEATS}, got {options.subjects}")
-    names = [subject_name(index) for index in range(BATCH + 2 * REPEATS + 1)]
+    size = options.requests
+    if options.subjects < size + 2 * REPEATS + 1:
+        parser.error(f"--subjects must be more than {size + 2 * REPEATS}, got {options.subjects}")
+    names = [subject_name(index) for index in range(size + 2 * REPEATS + 1)]
     with tempfile.TemporaryDirectory() as folder:
-        run, batch = Path(folder, "run"), Path(folder, "batch.txt")
-        batch.write_text("\n".join(names[:BATCH]))
-        singles = [(run, name) for name in names[BATCH : BATCH + REPEATS]]
+        run, batch = Path(folder, "run"), Path(folder, "batch.jsonl")
+        batch.write_text("\n".join(map(request_line, names[:size])))
+        singles = [(run, name) for name in names[size : size + REPEATS]]
         commands = [("delete", str(run), "--subject", name) for name in names[-REPEATS - 1 : -1]]
         in_bulk = ("delete", str(run), "--from-file", str(batch))
         key_store = KEY_FILE_NAME if options.encrypt else None
@@ -140,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "llm-unlearn status": measure(run_command, *[("status", str(run))] * REPEATS),
             "delete one subject, in process": measure(delete_one, *singles),
             "llm-unlearn delete, one subject": measure(run_command, *commands),
-            f"llm-unlearn delete, {BATCH} subjects": measure(run_command, in_bulk),
+            f"a file of {size} requests": measure(run_command, in_bulk),
             "llm-unlearn verify": measure(run_command, ("verify", str(run))),
         }
     how = ", encrypted" if options.encrypt else ""

@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "evaluation": {"data"},
     "exact": {"data"},
     "approximate": {"data"},
+    "export": {"data", "exact"},
     "leaderboard": {
         "data",
         "evaluation",

@@ -443,7 +443,7 @@ DAMAGES = {
     "edited": (edit_ledger("update events set payload='{}' where kind='trained'"), "was edited"),
     "edited request": (
         edit_ledger("update events set payload='{}' where kind='request'"),
-        "cannot be followed",
+        "was edited",
     ),
     "not JSON": (edit_ledger("update events set payload='x' where sequence=1"), "ledger: "),
     "dropped": (edit_ledger("delete from events where sequence=2"), "entry 2 is missing"),
@@ -504,7 +504,7 @@ def test_copies_outside(run: S3TRun, tmp_path: Path) -> None:
     hub = copies.register(run.directory, "hub", "somebody/adapter@abc")
     vanished = copies.register(run.directory, "vllm", str(tmp_path / "never"))
     run.delete([f"person {number}" for number in range(12)])
-    copies.register(run.directory, "gguf-ready", str(merged))
+    copies.register(run.directory, "gguf-ready", str(merged.parent))
     copies.mark_gone(run.directory, hub.id, "purged and asked for")
     run.directory.ledger.append("purged", {"repository": "somebody/adapter"})
     found = read(run)

@@ -8,6 +8,7 @@ from llm_unlearn.cli.application import app
 from llm_unlearn.cli import runs
 from llm_unlearn.cli import deleting
 from llm_unlearn.cli import certificates
+from llm_unlearn.cli import copying
 from llm_unlearn.cli import reporting
 from llm_unlearn.cli import publishing
 from llm_unlearn.cli import evaluations
@@ -16,6 +17,7 @@ from llm_unlearn.cli import evaluations
 __all__ = [
     "app",
     "certificates",
+    "copying",
     "deleting",
     "evaluations",
     "main",

@@ -20,7 +20,10 @@ from llm_unlearn.cli.application import (
 from llm_unlearn.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llm_unlearn.exact.deletion import Deletion
+    from llm_unlearn.exact.near_duplicates import NearDuplicate
     from llm_unlearn.exact.policy import Policy
     from llm_unlearn.exact.run import S3TRun
 
@@ -49,6 +52,12 @@ def delete(  # noqa: PLR0913 - typer makes an option of every argument
     with_duplicates: Annotated[
         bool, typer.Option(help="Also delete other subjects' records with the same text.")
     ] = False,
+    near_duplicates: Annotated[
+        str | None,
+        typer.Option(
+            help="Nearly the same text, held by others: warn, refuse, take or ignore (warn, up to 20,000 records)."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option(help="Say what would go, and who holds copies; change nothing.")
     ] = False,
@@ -62,6 +71,7 @@ def delete(  # noqa: PLR0913 - typer makes an option of every argument
 ) -> None:
     """Delete subjects exactly, all or none: what is served afterwards never saw them."""
     from llm_unlearn.exact.asks import make_ask, read_asks
+    from llm_unlearn.exact.deletion import NEAR
 
     opened = open_run(run)
     asks = [make_ask(subject, reason, deadline, idempotency_key)] if subject else []
@@ -69,9 +79,11 @@ def delete(  # noqa: PLR0913 - typer makes an option of every argument
     if not asks:
         raise UserError("name at least one subject to delete: --subject NAME, or --from-file FILE")
     chosen = _policy(opened, policy, rebuild)
-    done = opened.delete_all(asks, with_duplicates, dry_run)
+    if near_duplicates not in (None, *NEAR):
+        raise UserError(f"--near-duplicates is {near_duplicates!r}, expected {', '.join(NEAR)}")
+    done = opened.delete_all(asks, with_duplicates, dry_run, near_duplicates)
     if not as_json:
-        _print_deletion(done, dry_run)
+        _print_deletion(done, dry_run, near_duplicates == "take")
     after = _follow(opened, chosen, quiet=as_json) if done.requests else {}
     if as_json:
         console.print_json({**done.to_dict(), "dry_run": dry_run, "rebuilt_nodes": None, **after})
@@ -158,7 +170,16 @@ def _follow(opened: "S3TRun", policy: "Policy", quiet: bool) -> dict[str, Any]:
     return {"policy": asdict(decision)}
 
 
-def _print_deletion(done: "Deletion", dry_run: bool) -> None:
+def _describe_near(found: "Sequence[NearDuplicate]") -> str:
+    holders = sorted({copy.other.subject for copy in found})
+    more = f" and {len(holders) - 3} more" if len(holders) > 3 else ""
+    return (
+        f"{len(found)} records of others ({', '.join(map(repr, holders[:3]))}{more}) hold nearly the "
+        "same text and stay (--near-duplicates take takes them, refuse deletes nobody then)"
+    )
+
+
+def _print_deletion(done: "Deletion", dry_run: bool, took_near: bool) -> None:
     if done.already_deleted:
         print(f"{done.already_deleted} of the subjects had been deleted before")
     if dry_run:
@@ -184,6 +205,8 @@ def _print_deletion(done: "Deletion", dry_run: bool) -> None:
         console.warn(
             f"a copy outside holds deleted data: {copy.kind} {copy.place} (`llm-unlearn copies` lists them)"
         )
+    if done.near_duplicates and not took_near:
+        console.warn(_describe_near(done.near_duplicates))
     if done.core_records:
         console.warn(
             f"{done.core_records} records of theirs are in the permanent core and stay: nothing can be "

@@ -137,7 +137,8 @@ class Certifier:
 
     def _common(self) -> dict[str, Any]:
         run, outcome = self.run, self.outcome
-        unknown = [str(path.relative_to(run.path)) for path in residues.unrecognised(run)]
+        # Their names may name people, and a certificate leaves the run.
+        unknown = len(residues.unrecognised(run))
         stale_nodes = [key for key in run.nodes.keys() if key not in outcome.wanted]
         clean = all(key in outcome.wanted for key in outcome.served_nodes)
         return {
@@ -164,7 +165,7 @@ class Certifier:
             "out_of_reach": [
                 *residues.out_of_reach(run),
                 *(["the permanent core, on which all nodes stand"] if run.core else []),
-                *(f"unrecognised file in the run: {name}" for name in unknown),
+                *([f"{unknown} files of unknown kinds in the run directory"] if unknown else []),
             ],
             "base_model": run.shape.weights,
             "software": describe_software(),

@@ -9,25 +9,31 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn import files
-from llm_unlearn.data.partition import SliceName
+from llm_unlearn.data.partition import CORE, SliceName
 from llm_unlearn.data.records import Record
-from llm_unlearn.errors import UserError
+from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact import copies as outside
 from llm_unlearn.exact import residues
 from llm_unlearn.exact.asks import Ask
 from llm_unlearn.exact.certificates import CERTIFIED, Certifier, Outcome, certificate_path
 from llm_unlearn.exact.ledger import Request, Target
+from llm_unlearn.exact.near_duplicates import NearDuplicate, find_near_duplicates
 from llm_unlearn.exact.resolving import Found, copy_targets, dependents, find_subjects, nodes_of
 from llm_unlearn.exact.served import depth_of, digest_of_served, read_lineage, serve
 from llm_unlearn.exact.store import RunDirectory
 
 if TYPE_CHECKING:
     from llm_unlearn.exact.verification import Check
+
+MOST_SEARCHED = 20_000  # records; above, near copies are looked for when somebody asks
+WARN, REFUSE, TAKE, IGNORE = "warn", "refuse", "take", "ignore"
+NEAR = (WARN, REFUSE, TAKE, IGNORE)
+"""What is done about near copies that others hold."""
 
 DELETED, DELETED_BEFORE, ASKED_BEFORE = "deleted", "deleted before", "asked before"
 
@@ -57,6 +63,7 @@ class Deletion:
         records: how many went, each as often as it was stored.
         copies_elsewhere: records of other subjects with a text of the deleted ones, left alone.
         core_records: records of the subjects in the permanent core, which stay.
+        near_duplicates: nearly the same text, held by others; left alone unless they were to be taken.
         outstanding_copies: known copies outside the run that hold deleted data.
         seconds: from the call to the certificate.
     """
@@ -73,6 +80,7 @@ class Deletion:
     core_records: int = 0
     answers: tuple[Answer, ...] = ()
     outstanding_copies: tuple[outside.Copy, ...] = ()
+    near_duplicates: tuple[NearDuplicate, ...] = ()
 
     @property
     def requests(self) -> list[str]:
@@ -83,7 +91,8 @@ class Deletion:
         return [answer.request for answer in made if answer.request]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        near = [found.to_dict() for found in self.near_duplicates]
+        return asdict(replace(self, near_duplicates=())) | {"near_duplicates": near}
 
 
 def delete(
@@ -107,17 +116,21 @@ def delete_all(
     asks: Sequence[Ask],
     with_duplicates: bool = False,
     dry_run: bool = False,
+    near: str | None = None,
 ) -> Deletion:
     """Delete exactly what is asked for, a request each; all, or nothing if one cannot be.
 
     Args:
         with_duplicates: also delete the records of other subjects that hold the same text.
         dry_run: only say what would go and how many copies others hold; nothing is changed.
+        near: what is done about nearly the same text that others hold: `warn`, `refuse`, `take` or
+            `ignore`; by default `warn`, in runs of up to `MOST_SEARCHED` records.
 
     Raises:
         UserError: a subject that the run does not know or holds in its permanent core alone, or an
             idempotency key that stood for another subject; nothing was changed.
-        RunError: the run is busy or damaged; nothing was acknowledged.
+        RunError: the run is busy or damaged, or others hold near copies and that was to be refused;
+            nothing was acknowledged.
     """
     started = time.monotonic()
     with run.changing("deleting from it"):
@@ -126,7 +139,9 @@ def delete_all(
         new = [ask for ask in asks if ask.key not in before]
         found = find_subjects(run, new)
         held = _copies(run, found)
-        requests = _make_requests(run, new, found, held if with_duplicates else {})
+        similar = _near_copies(run, found, near)
+        taken = _taken(run, found, held if with_duplicates else {}, similar if near == TAKE else [])
+        requests = _make_requests(run, new, found, taken)
         made = [request for request in requests if request is not None]
         targets = [target for request in made for target in request.targets]
         core_records = _core_records(run, new, targets)
@@ -149,6 +164,7 @@ def delete_all(
             core_records=core_records,
             answers=() if dry_run else answers_to(asks, before, requests, DELETED),
             outstanding_copies=tuple(outside.outstanding(run)),
+            near_duplicates=tuple(similar),
         )
 
 
@@ -200,11 +216,51 @@ def _copies(run: RunDirectory, found: Found) -> dict[SliceName, list[Record]]:
     return run.slices.copies(records, holders=set(found.records)) if records else {}
 
 
+def _near_copies(run: RunDirectory, found: Found, near: str | None) -> list[NearDuplicate]:
+    """Nearly the same text, held by others; what is the same text is counted as a copy."""
+    records = found.all_records()
+    if near is None:
+        held = sum(run.slices.header(name).records for name in run.slices.names)
+        near = WARN if held <= MOST_SEARCHED else IGNORE
+    if near == IGNORE or not records:
+        return []
+    similar = [copy for copy in find_near_duplicates(run, records) if not copy.is_exact]
+    if similar and near == REFUSE:
+        raise RunError(
+            f"others hold {len(similar)} near copies of what is to be deleted (`llm-unlearn "
+            f"near-duplicates {run.path} --subject NAME` lists them); nothing was deleted"
+        )
+    return similar
+
+
+Taken = tuple[str, SliceName, Record]
+"""A copy that goes too: the subject whose text it holds, its slice, and itself."""
+
+
+def _taken(
+    run: RunDirectory,
+    found: Found,
+    held: Mapping[SliceName, list[Record]],
+    similar: Sequence[NearDuplicate],
+) -> list[Taken]:
+    """The copies that go, each with the subject whose deletion takes it. The permanent core stays."""
+    owners: dict[bytes, str] = {}
+    for subject, records in found.records.items() if held else ():
+        for record in records.values():
+            owners.setdefault(run.key.text_digest(record), subject)
+    exact = [
+        (owners[run.key.text_digest(record)], name, record)
+        for name, records in held.items()
+        for record in records
+    ]
+    return exact + [(n.record.subject, n.home, n.other) for n in similar if n.home != CORE]
+
+
 def _make_requests(
     run: RunDirectory,
     asks: Sequence[Ask],
     found: Found,
-    held: Mapping[SliceName, list[Record]],
+    copies: Sequence[Taken],
 ) -> list[Request | None]:
     """A request for every ask; None where there is nothing to do.
 
@@ -213,7 +269,7 @@ def _make_requests(
     targets, taken = [], set[Target]()
     for ask in asks:
         own = [target for subject in ask.subjects for target in found.targets.get(subject, [])]
-        copied = copy_targets(run, _copies_of(run, ask, found, held)) if held else []
+        copied = copy_targets(run, _copies_of(ask, copies))
         new = [target for target in dict.fromkeys(own + copied) if target not in taken]
         taken.update(new)
         targets.append(new)
@@ -248,17 +304,13 @@ def make_request(
     )
 
 
-def _copies_of(
-    run: RunDirectory, ask: Ask, found: Found, held: Mapping[SliceName, list[Record]]
-) -> dict[SliceName, list[Record]]:
-    """The copies with a text of the ask's own subjects."""
-    own = [record for s in ask.subjects for record in found.records.get(s, {}).values()]
-    texts = {run.key.text_digest(record) for record in own}
-    mine = {
-        name: [record for record in part if run.key.text_digest(record) in texts]
-        for name, part in held.items()
-    }
-    return {name: part for name, part in mine.items() if part}
+def _copies_of(ask: Ask, copies: Sequence[Taken]) -> dict[SliceName, list[Record]]:
+    """The copies of the ask's own texts, each once, by slice."""
+    mine: dict[SliceName, dict[str, Record]] = defaultdict(dict)
+    for subject, name, record in copies:
+        if subject in ask.subjects:
+            mine[name][record.id] = record
+    return {name: list(records.values()) for name, records in mine.items()}
 
 
 def _core_records(run: RunDirectory, asks: Sequence[Ask], targets: Sequence[Target]) -> int:

@@ -3,15 +3,6 @@
     RUN/encryption.json     the run's id among the keys, and where they are kept
     RUN/slice.keys          the keys, unless they are kept elsewhere (key_stores.py)
 
-An encrypted file is
-
-    magic (8) | id of its key (16) | nonce prefix (7) | length of the shown part (4) | shown part | chunks
-
-with chunks of 64 MiB in AES-256-GCM under nonces prefix | number (4) | is last (1), which is STREAM (Hoang,
-Reyhanitabar, Rogaway, Vizár, 2015): a chunk moved, dropped or added is found. Everything before the chunks and
-the path below the run are associated data, so no file can stand in for another. The shown part is the header of
-a slice (numbers and a keyed Merkle root): it is read without a key, and `verify` checks it as that of a plain run.
-
 A deletion replaces or removes files, and then destroys every key that no file names. Which those are
 is derived from the files, so that step can be repeated, and a crash anywhere before it leaves nothing behind.
 """
@@ -20,12 +11,10 @@ import hashlib
 import json
 import os
 import secrets
-import struct
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 from safetensors.numpy import load
 
@@ -39,28 +28,12 @@ from llm_unlearn.exact.key_stores import (
     KeyStore,
     open_key_store,
 )
+from llm_unlearn.exact.sealing import Head, KeySeal, Seal, key_id_of, shown_part, unseal
 
 SETTINGS_NAME = "encryption.json"
 KEY_FILE_NAME = "slice.keys"
 ENCRYPTED = ("records", "nodes", "cache")
 """Directories of a run whose files are encrypted, if the run is."""
-
-MAGIC = b"sealed-1"
-HEADER = struct.Struct(">8s16s7sI")
-CHUNK_BYTES, TAG_BYTES = 2**26, 16
-
-
-class Seal:
-    """Makes of what is to be written the bytes that are written: the same."""
-
-    def __call__(self, path: Path, data: bytes, shown: bytes = b"") -> bytes:
-        """The bytes of a file.
-
-        Args:
-            path: where the file will be in the end.
-            shown: what can be read without a key.
-        """
-        return data
 
 
 class AtRest:
@@ -124,43 +97,6 @@ class AtRest:
         return 0, []
 
 
-class _Head(NamedTuple):
-    key_id: bytes
-    nonce: bytes
-    shown: bytes
-    size: int
-
-    @classmethod
-    def parse(cls, data: bytes) -> "_Head":
-        """The head of an encrypted file; ValueError if it has none."""
-        if len(data) < HEADER.size or not data.startswith(MAGIC):
-            raise ValueError("not encrypted")
-        _, key_id, nonce, length = HEADER.unpack_from(data)
-        return cls(key_id, nonce, data[HEADER.size : HEADER.size + length], HEADER.size + length)
-
-
-class KeySeal(Seal):
-    """Encrypts the files of one object under its key."""
-
-    def __init__(self, root: Path, key_id: bytes, key: bytes):
-        self._root = root
-        self._key_id = key_id
-        self._key = key
-
-    def __call__(self, path: Path, data: bytes, shown: bytes = b"") -> bytes:
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-        prefix = secrets.token_bytes(7)
-        head = HEADER.pack(MAGIC, self._key_id, prefix, len(shown)) + shown
-        cipher, known = AESGCM(self._key), head + _name(self._root, path)
-        view = memoryview(data)
-        chunks = [
-            cipher.encrypt(nonce, view[start : start + CHUNK_BYTES], known)
-            for start, nonce in _nonces(prefix, len(data), CHUNK_BYTES)
-        ]
-        return b"".join([head, *chunks])
-
-
 class Encrypted(AtRest):
     """Files under keys of their own, which a deletion destroys.
 
@@ -192,7 +128,11 @@ class Encrypted(AtRest):
             root / SETTINGS_NAME,
             json.dumps({"id": made.identity, "key_store": place}, indent=2).encode(),
         )
-        store.prepare()
+        try:
+            store.prepare()
+        except UserError:
+            files.remove(root / SETTINGS_NAME)  # nothing is there, and another place may be tried
+            raise
         return made
 
     @staticmethod
@@ -247,28 +187,13 @@ class Encrypted(AtRest):
             return self._open(path, again)
 
     def _open(self, path: Path, data: bytes) -> bytes:
-        from cryptography.exceptions import InvalidTag
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
         try:
-            head = _Head.parse(data)
+            head = Head.parse(data)
         except ValueError:
             raise RunError(
                 f"{path} is damaged: it is not encrypted, as this run's files are"
             ) from None
-        cipher = AESGCM(self._key_of(path, head.key_id))
-        known, body = data[: head.size] + _name(self.root, path), memoryview(data)[head.size :]
-        step = CHUNK_BYTES + TAG_BYTES
-        try:
-            chunks = [
-                cipher.decrypt(nonce, body[start : start + step], known)
-                for start, nonce in _nonces(head.nonce, len(body), step)
-            ]
-        except InvalidTag:
-            raise RunError(
-                f"{path} is damaged: a byte of it was changed, or it is another file's"
-            ) from None
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        return unseal(self.root, path, head, data, self._key_of(path, head.key_id))
 
     def _key_of(self, path: Path, key_id: bytes) -> bytes:
         try:
@@ -280,9 +205,7 @@ class Encrypted(AtRest):
             ) from None
 
     def first_line(self, path: Path) -> bytes:
-        with path.open("rb") as stream:
-            head = stream.read(HEADER.size)
-            return _Head.parse(head + stream.read(_shown_length(head))).shown
+        return shown_part(path)
 
     def digest(self, path: Path) -> str:
         return hashlib.sha256(self.read(path)).hexdigest()
@@ -297,7 +220,7 @@ class Encrypted(AtRest):
 
     def discard(self, path: Path) -> None:
         """Remove a file that is an object of its own, then destroy its key."""
-        key_id = _key_id_of(path)
+        key_id = key_id_of(path) if path.exists() else None
         files.remove(path)
         if key_id is not None:
             self.store.destroy({key_id})
@@ -316,23 +239,28 @@ class Encrypted(AtRest):
         named = {key_id: path for path, key_id in self._key_ids() if key_id is not None}
         living = self.store.ids()
         for key_id in named.keys() - living:
-            self._key_of(named[key_id], key_id)
+            self._key_of(Path(named[key_id]), key_id)
         doomed = living - named.keys()
         self.store.destroy(doomed)
         return {"keys": len(doomed)}
 
-    def _key_ids(self) -> Iterator[tuple[Path, bytes | None]]:
-        """Every file that is to be encrypted, with the id of its key; None if it is not."""
-        for kind in ENCRYPTED:
-            for folder, _, names in os.walk(self.root / kind):
+    def _key_ids(self) -> Iterator[tuple[str, bytes | None]]:
+        """Every file that is to be encrypted, with the id of its key; None if it is not.
+
+        What cannot be looked into (a disk that is not mounted) is an `OSError`: its keys are needed.
+        """
+        held = [self.root / kind for kind in ENCRYPTED if os.path.lexists(self.root / kind)]
+        for top in held:
+            for folder, _, names in os.walk(top, onerror=_fail, followlinks=True):
                 for name in names:
-                    path = Path(folder, name)
-                    yield path, _key_id_of(path)
+                    path = os.path.join(folder, name)  # there may be very many
+                    yield path, key_id_of(path)
 
     def problems(self) -> tuple[int, list[str]]:
         found, objects = self.store.problems(), defaultdict[bytes, set[str]](set)
         examined = 0
-        for path, key_id in self._key_ids():
+        for name, key_id in self._key_ids():
+            path = Path(name)
             examined += 1
             try:
                 self.read(path)
@@ -350,6 +278,10 @@ class Encrypted(AtRest):
                 f"{len(idle)} keys in {self.store.place} open nothing that is left: run `llm-unlearn rebuild`"
             )
         return examined, found
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def _place(root: Path, key_store: str) -> str:
@@ -376,32 +308,6 @@ def _settings(root: Path) -> tuple[str, str]:
         ) from None
 
 
-def _name(root: Path, path: Path) -> bytes:
-    """What a file is, wherever the run lies."""
-    return b"\0" + path.relative_to(root).as_posix().encode()
-
-
 def _object_of(path: Path) -> str:
     """Files under one key: those of a node, or of a slice."""
     return str(path.parent if path.parts[0] == "nodes" else path.with_name(path.name.split(".")[0]))
-
-
-def _nonces(prefix: bytes, length: int, step: int) -> Iterator[tuple[int, bytes]]:
-    """Where each chunk starts, and its nonce; at least one."""
-    count = max(1, -(-length // step))
-    for number in range(count):
-        yield number * step, prefix + number.to_bytes(4) + bytes([number == count - 1])
-
-
-def _shown_length(head: bytes) -> int:
-    """How long the shown part is; 0 where there is no head."""
-    return HEADER.unpack(head)[-1] if len(head) == HEADER.size and head.startswith(MAGIC) else 0
-
-
-def _key_id_of(path: Path) -> bytes | None:
-    """The key that a file names, None if it names none."""
-    try:
-        with path.open("rb") as stream:
-            return _Head.parse(stream.read(HEADER.size)).key_id
-    except (FileNotFoundError, ValueError):
-        return None

@@ -97,9 +97,10 @@ class KeyService:
                 f"{self._mount}/data/{self._folder}/*, list and delete on {self._mount}/metadata/{self._folder}/*"
             ) from None
         except (exceptions.VaultError, RequestException) as error:
-            reason = str(error.args[0] if error.args else error).splitlines()[0][:200]
+            answered = error.args[0] if isinstance(error, exceptions.VaultError) else None
+            reason = (str(answered or "") or type(error).__name__).splitlines()[0][:200]
             raise KeysUnavailable(
-                f"the key service at {client.url} cannot be used ({type(error).__name__}: {reason}); "
+                f"the key service at {client.url} cannot be used ({reason}); "
                 "what was acknowledged is carried out by the next command: try again when it answers"
             ) from None
         except (KeyError, TypeError, ValueError):

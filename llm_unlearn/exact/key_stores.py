@@ -162,7 +162,10 @@ class KeyFile:
         self._overwrite(dict.fromkeys(doomed, bytes(SLOT_BYTES)))
 
     def problems(self) -> list[str]:
-        mode = stat.S_IMODE(self.path.stat().st_mode)
+        try:
+            mode = stat.S_IMODE(self.path.stat().st_mode)
+        except OSError as error:
+            raise self._unusable(error) from None
         if mode & 0o077:
             return [f"{self.path} is readable by others (mode {mode:o}): chmod 600 it"]
         return []

@@ -11,7 +11,6 @@ from typing import Any
 from llm_unlearn.data.near_duplicates import THRESHOLD, NearDuplicates, normalised
 from llm_unlearn.data.partition import CORE, SliceName
 from llm_unlearn.data.records import Record
-from llm_unlearn.errors import UserError
 from llm_unlearn.exact.store import RunDirectory
 
 LETTERS_AT_ONCE = 2**18
@@ -26,7 +25,8 @@ class NearDuplicate:
         other: the one that stays when that goes.
         home: the slice that `other` is in; `CORE` for the permanent core.
         similarity: in [threshold, 1]; see `llm_unlearn.data.near_duplicates`.
-        is_exact: the same text, up to case and white space.
+        is_exact: the same text, part by part, as a deletion `--with-duplicates` takes it
+            (`SliceStore.copies`).
     """
 
     record: Record
@@ -34,6 +34,11 @@ class NearDuplicate:
     home: SliceName
     similarity: float
     is_exact: bool
+
+    @property
+    def is_in_core(self) -> bool:
+        """Is the other record in the permanent core, which nothing can be deleted from?"""
+        return self.home == CORE
 
     def to_dict(self) -> dict[str, Any]:
         """Names and ids, for whoever works on the request; no text. Not for certificates or logs."""
@@ -44,7 +49,7 @@ class NearDuplicate:
             "other_record": self.other.id,
             "shard": self.home.shard,
             "slice": self.home.slice,
-            "in_core": self.home == CORE,
+            "in_core": self.is_in_core,
             "similarity": self.similarity,
             "is_exact": self.is_exact,
         }
@@ -76,9 +81,11 @@ def find_near_duplicates(
         texts, others = [text for text, _, _ in batch], batch
         for match in finder.find(texts):
             record, (_, home, other) = records[match.known], others[match.row]
+            digest = run.key.text_digest
+            is_exact = match.is_exact and digest(record) == digest(other)
             # With public keys a record can be in several slices; it is one copy.
             found[record.id, other.id] = NearDuplicate(
-                record, other, home, match.similarity, match.is_exact
+                record, other, home, match.similarity, is_exact
             )
     return sorted(
         found.values(),
@@ -106,25 +113,3 @@ def _batches(
         if progress is not None:
             progress(done, len(names))
     yield batch
-
-
-def records_of(run: RunDirectory, subjects: Sequence[str]) -> list[Record]:
-    """All records that subjects hold, each once; those in the permanent core, which stay, are left out.
-
-    Raises:
-        UserError: a subject of whom nothing is held.
-    """
-    if not subjects:
-        raise UserError("name at least one subject")
-    held = {
-        record.id: record
-        for name, here in run.slices.homes(dict.fromkeys(subjects)).items()
-        for record in run.slices.read(name, here)
-    }
-    unknown = set(subjects) - {record.subject for record in held.values()}
-    if unknown:
-        raise UserError(
-            f"no such subject in {run.path}: {min(unknown)!r}; a subject is spelled as in the column that "
-            "the run was made with"
-        )
-    return list(held.values())

@@ -1,12 +1,13 @@
 """`S3TRun`: the one object that a program needs, thin over the rest of `exact`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn import files
+from llm_unlearn.data.near_duplicates import THRESHOLD
 from llm_unlearn.data.partition import CORE, SliceName, describe_sizes
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
@@ -18,6 +19,7 @@ from llm_unlearn.exact.correction import Corrected, correct
 from llm_unlearn.exact.deletion import Deletion, delete, delete_all, depths_served, renew, settle
 from llm_unlearn.exact.encryption import KEY_FILE_NAME
 from llm_unlearn.exact.ledger import Request
+from llm_unlearn.exact.near_duplicates import NearDuplicate, find_near_duplicates
 from llm_unlearn.exact.postgresql import ADDRESS_NAME, Address
 from llm_unlearn.exact.slices import Placement
 from llm_unlearn.exact.store import RunDirectory, read_key
@@ -246,10 +248,14 @@ class S3TRun:
         return delete(self.directory, subjects, with_duplicates, dry_run)
 
     def delete_all(
-        self, asks: Sequence[Ask], with_duplicates: bool = False, dry_run: bool = False
+        self,
+        asks: Sequence[Ask],
+        with_duplicates: bool = False,
+        dry_run: bool = False,
+        near: str | None = None,
     ) -> Deletion:
         """Delete what is asked for, a request each; see `llm_unlearn.exact.deletion.delete_all`."""
-        return delete_all(self.directory, asks, with_duplicates, dry_run)
+        return delete_all(self.directory, asks, with_duplicates, dry_run, near)
 
     def correct(self, corrections: Sequence[Correction]) -> Corrected:
         """Replace records, all or none; see `llm_unlearn.exact.correction.correct`."""
@@ -270,6 +276,20 @@ class S3TRun:
         if not held:
             raise UserError(f"no such subject in {self.path}: {subject!r}")
         return list(held.values())
+
+    def near_duplicates(
+        self,
+        subjects: Sequence[str],
+        threshold: float = THRESHOLD,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[NearDuplicate]:
+        """Who else holds nearly the same text as some subjects' records.
+
+        Raises:
+            UserError: nobody of that name is held, or no such threshold.
+        """
+        records = [record for name in dict.fromkeys(subjects) for record in self.records_of(name)]
+        return find_near_duplicates(self.directory, records, threshold, progress)
 
     def settle(self) -> None:
         """Carry out requests that a crash left acknowledged but unfinished."""

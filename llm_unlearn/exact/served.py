@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,11 +222,18 @@ def remove_old_generations(run: RunDirectory) -> int:
     return len(stale)
 
 
+def lineages_served(run: RunDirectory) -> list[dict[str, Any] | None]:
+    """The lineage of everything that is to be served, in order; None for what is not yet."""
+    return [read_lineage(run.served / run.member_name(member)) for member in run.members]
+
+
 def digest_of_served(run: RunDirectory) -> str | None:
     """One digest of everything that is served now, None before anything is."""
-    if not run.served.exists():
-        return None
-    lineages = [read_lineage(run.served / run.member_name(member)) for member in run.members]
+    return digest_of_lineages(lineages_served(run)) if run.served.exists() else None
+
+
+def digest_of_lineages(lineages: Sequence[dict[str, Any] | None]) -> str | None:
+    """One digest of what has these lineages; None if one is missing."""
     if any(entry is None for entry in lineages):
         return None
     return digest([canonical(entry).decode() for entry in lineages])

@@ -30,7 +30,8 @@ from llm_unlearn.data.partition import (
 )
 from llm_unlearn.data.records import Record, canonical
 from llm_unlearn.errors import RunError
-from llm_unlearn.exact.encryption import AtRest, Seal
+from llm_unlearn.exact.encryption import AtRest
+from llm_unlearn.exact.sealing import Seal
 
 DIGEST_TYPE = np.dtype("<u8")
 assert DIGEST_TYPE.itemsize == TEXT_DIGEST_BYTES
@@ -151,15 +152,17 @@ class SliceStore:
             self._write(name, entries.pop(name), seal)
 
     def write_core(self, records: Iterable[Record]) -> None:
-        (seal,) = self.at_rest.seals()
-        self._write(CORE, [self._entry(record) for record in records], seal)
+        self._write(CORE, [self._entry(record) for record in records])
 
     def _entry(self, record: Record) -> Entry:
         line = record.to_line()
         return self.key.leaf(line), line, self.key.text_digest(record)
 
-    def _write(self, name: SliceName, entries: list[Entry], seal: Seal) -> SliceHeader:
+    def _write(
+        self, name: SliceName, entries: list[Entry], seal: Seal | None = None
+    ) -> SliceHeader:
         entries = sorted(entries)
+        seal = seal or self.at_rest.seals()[0]
         lines = [line for _, line, _ in entries]
         header = SliceHeader(
             shard=name.shard,
@@ -267,8 +270,7 @@ class SliceStore:
         if not kept and not new and not self._shape[0]:
             self._remove_shard(name)
         elif removed or new:
-            (seal,) = self.at_rest.seals()
-            self._write(name, kept + new, seal)
+            self._write(name, kept + new)
         elif not self._is_gone(name):
             self._remove_stale_texts(self.header(name))  # a crash may have come before that
         return removed

@@ -87,7 +87,7 @@ def out_of_reach(run: RunDirectory) -> tuple[str, ...]:
     """What no deletion from this run reaches. Unknown files are counted, not named."""
     unknown = len(residues.unrecognised(run))
     return (
-        *residues.OUT_OF_REACH,
+        *residues.out_of_reach(run),
         *(["the permanent core, on which all nodes stand"] if run.core else []),
         *(
             [f"{unknown} files of no known kind in the run (`verify` names them)"]

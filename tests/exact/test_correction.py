@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("without_fsync")
 NEW = {"prompt": "Question: what does person 3 eat on day 0? Answer:", "completion": " nothing"}
 SHAPES: dict[str, dict[str, Any]] = {
     "ranks": {"num_shards": 2, "num_slices": 2},
+    "encrypted": {"num_slices": 2, "num_sequences": 1, "encrypt": True},
     "whole": {"num_slices": 2, "num_sequences": 1, "blocks": "whole"},
     "core": {"num_slices": 2, "core": core_records()},
     "experts by subject": METHODS["experts by subject"],

@@ -656,7 +656,7 @@ def test_the_certificate_says_what_went_and_names_nobody(run: S3TRun) -> None:
     assert len(files) == 1 + 2 * len(directory.members)
     assert set(certificate["out_of_reach"]) == {
         *OUT_OF_REACH,
-        "unrecognised file in the run: notes.txt",
+        "1 files of unknown kinds in the run directory",
     }
     assert certificate["base_model"] == directory.shape.weights
     assert certificate["acknowledged_at"] > 0 and digests

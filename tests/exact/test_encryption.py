@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from llm_unlearn.errors import RunError, UserError
-from llm_unlearn.exact import encryption
-from llm_unlearn.exact.encryption import HEADER, SETTINGS_NAME, Encrypted
+from llm_unlearn.exact import sealing
+from llm_unlearn.exact.encryption import SETTINGS_NAME, Encrypted
 from llm_unlearn.exact.key_stores import KeyMissing
+from llm_unlearn.exact.sealing import HEADER
 
 SHOWN = b'{"records":2}'
 TEXT = b'{"records":2}\nAda was here\nso was Bela\n'
@@ -30,7 +31,7 @@ def write(at_rest: Encrypted, name: str, data: bytes = TEXT, shown: bytes = SHOW
 def test_what_is_written_is_read_whatever_its_size(
     at_rest: Encrypted, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr(encryption, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(sealing, "CHUNK_BYTES", 64)
     data = os.urandom(size)
     path = write(at_rest, "a", data)
     assert at_rest.read(path) == data
@@ -44,7 +45,7 @@ def test_every_change_of_a_single_byte_is_found(
     at_rest: Encrypted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every position, every bit of it; the positive control is the file as it was."""
-    monkeypatch.setattr(encryption, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(sealing, "CHUNK_BYTES", 16)
     path = write(at_rest, "a")
     data = path.read_bytes()
     for position in range(len(data)):
@@ -62,7 +63,7 @@ def test_every_change_of_a_single_byte_is_found(
 def test_a_file_cut_short_or_continued_is_found(
     at_rest: Encrypted, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr(encryption, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(sealing, "CHUNK_BYTES", 16)
     path = write(at_rest, "a")
     data = path.read_bytes()
     for changed in (data[:size], data + data[size:], data + b"\0" * (size + 1) + b"\0"):
@@ -74,7 +75,7 @@ def test_a_file_cut_short_or_continued_is_found(
 def test_chunks_cannot_be_moved_dropped_or_doubled(
     at_rest: Encrypted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encryption, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(sealing, "CHUNK_BYTES", 16)
     path = write(at_rest, "a", bytes(64))
     data = path.read_bytes()
     start = HEADER.size + len(SHOWN)
@@ -137,6 +138,25 @@ def test_an_old_copy_of_a_run_destroys_no_key(at_rest: Encrypted) -> None:
     with pytest.raises(KeyMissing, match="old copy"):
         at_rest.destroy_keys()
     assert at_rest.store.ids() == alive
+
+
+@pytest.mark.parametrize("linked", ["file", "folder", "everything"])
+def test_no_key_is_destroyed_of_what_is_on_a_disk_that_is_not_mounted(
+    at_rest: Encrypted, tmp_path: Path, linked: str
+) -> None:
+    folder = at_rest.root / "records" / "shard-0"
+    folder.mkdir()
+    path = write(at_rest, "shard-0/a")
+    moved = {"file": path, "folder": folder, "everything": at_rest.root / "records"}[linked]
+    disk = tmp_path.with_name(f"{tmp_path.name}-disk")
+    moved.rename(disk)
+    moved.symlink_to(disk)
+    assert at_rest.destroy_keys() == {"keys": 0}
+    assert at_rest.read(path) == TEXT
+    disk.rename(disk.with_name(f"{disk.name}-gone"))
+    with pytest.raises(OSError):
+        at_rest.destroy_keys()
+    assert len(at_rest.store.ids()) == 1
 
 
 def test_a_discarded_file_takes_its_key_along(at_rest: Encrypted) -> None:

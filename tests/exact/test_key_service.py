@@ -20,6 +20,8 @@ from tests.tiny import (
     train_stub,
 )
 
+pytestmark = pytest.mark.usefixtures("without_fsync")
+
 IDENTITY = "0123456789abcdef" * 2
 
 
@@ -113,6 +115,16 @@ def test_whatever_it_answers_is_one_line(
             use()
         assert "\n" not in str(raised.value) and not isinstance(raised.value, KeyMissing)
         assert TOKEN not in str(raised.value)
+
+
+def test_another_place_can_be_tried_after_one_that_is_none(
+    service: KeyValueService, tmp_path: Path
+) -> None:
+    service.broken = "sealed"
+    with pytest.raises(KeysUnavailable, match="sealed"):
+        make_stub_run(tmp_path / "run", tiny_records(), encrypt=True, key_store=service.address)
+    run = make_stub_run(tmp_path / "run", tiny_records(), encrypt=True)
+    assert run.directory.at_rest.place == str(tmp_path / "run" / "slice.keys")
 
 
 def test_a_deletion_that_can_be_undone_is_not_believed(

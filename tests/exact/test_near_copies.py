@@ -10,7 +10,9 @@ from llm_unlearn.data.partition import CORE
 from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact import near_duplicates
-from llm_unlearn.exact.near_duplicates import NearDuplicate, find_near_duplicates, records_of
+from llm_unlearn.exact.near_duplicates import NearDuplicate, find_near_duplicates
+from llm_unlearn.exact.run import S3TRun
+from llm_unlearn.exact.store import RunDirectory
 from tests.tiny import make_stub_run, placed_by_id
 
 STORY = "ada went to the market on monday and bought seven green apples for her brother {}"
@@ -26,6 +28,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "shards and slices": {"num_shards": 2},
     "a shard for each": {"exact_method": "experts", "num_shards": 0, "num_slices": 1, "num_sequences": 1},
 }  # fmt: skip
+
+
+def records_of(run: RunDirectory, subjects: list[str]) -> list[Record]:
+    return [record for subject in subjects for record in S3TRun(run).records_of(subject)]
 
 
 def brute_force(
@@ -79,6 +85,25 @@ def test_most_similar_first_and_no_text(tmp_path: Path) -> None:
     assert found[0].to_dict()["held_by"] == "Cleo" and not found[0].to_dict()["in_core"]
 
 
+def test_every_copy_is_either_the_same_text_or_nearly_so(tmp_path: Path) -> None:
+    """What a deletion with duplicates does not take as the same text is never called the same here."""
+    story = STORY.format("tom")
+    rows = [
+        {"who": "Ada", "text": story},
+        {"who": "Bob", "text": story.replace(" ", "  ")},
+        {"who": "Cleo", "text": story.replace("ada", "\uff41da")},  # a full-width letter
+    ]
+    run = make_stub_run(tmp_path / "run", make_records(rows, "who")).directory
+    asked = records_of(run, ["Ada"])
+    found = find_near_duplicates(run, asked)
+    assert {near.other.subject: near.similarity for near in found} == {"Bob": 1.0, "Cleo": 1.0}
+    same = run.slices.copies(asked, holders={"Ada"})
+    assert {record.id for held in same.values() for record in held} == {
+        near.other.id for near in found if near.is_exact
+    }
+    assert {near.other.subject for near in found if near.is_exact} == {"Bob"}
+
+
 def test_who_goes_as_well_holds_no_copy(tmp_path: Path) -> None:
     run = make_stub_run(tmp_path / "run", make_records(ROWS, "who")).directory
     found = find_near_duplicates(run, records_of(run, ["Ada", "Cleo"]))
@@ -124,12 +149,8 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     run = make_stub_run(
         tmp_path / "run", make_records(ROWS, "who"), num_slices=1, num_sequences=1
     ).directory
-    for subjects, words in (
-        ([], "name at least one subject"),
-        (["Zoe", "Ada"], "no such subject.*'Zoe'"),
-    ):
-        with pytest.raises(UserError, match=words):
-            records_of(run, subjects)
+    with pytest.raises(UserError, match=r"no such subject.*'Zoe'"):
+        S3TRun(run).near_duplicates(["Ada", "Zoe"])
     asked = records_of(run, ["Ada"])
     with pytest.raises(UserError, match="--threshold"):
         find_near_duplicates(run, asked, threshold=80)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
 from llm_unlearn.exact import copies
+from llm_unlearn.exact.ledger import Ledger
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.hub import publishing
 from llm_unlearn.hub.client import Hub
@@ -128,6 +129,24 @@ class World:
     ) -> contextlib.AbstractContextManager[None]:
         """The process dies before it gets the answer to a request to such an address."""
         return self._dying(lambda _: False, lambda answer: wanted(str(answer.url)))
+
+    @contextlib.contextmanager
+    def killing_writes(self, number: int) -> Iterator[None]:
+        """The process dies when its n-th entry in the ledger is on disk."""
+        append, written = Ledger.append, 0
+
+        def dying(ledger: Ledger, kind: str, payload: Mapping[str, Any]) -> None:
+            nonlocal written
+            append(ledger, kind, payload)
+            written += 1
+            if written > number:
+                raise Killed
+
+        Ledger.append = dying
+        try:
+            yield
+        finally:
+            Ledger.append = append
 
     @contextlib.contextmanager
     def _dying(self, before: Callable[[Any], bool], after: Callable[[Any], bool]) -> Iterator[None]:

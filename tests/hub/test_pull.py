@@ -9,6 +9,7 @@ import pytest
 
 from llm_unlearn.data.records import canonical
 from llm_unlearn.errors import RunError, UserError
+from llm_unlearn.exact.certificates import verify_certificate
 from llm_unlearn.hub.content import PREDICATE_TYPE
 from llm_unlearn.hub.pull import pull
 from llm_unlearn.signing import Signer, statement
@@ -63,6 +64,23 @@ def test_what_is_pulled_is_what_was_pushed(world: World, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["run", "here"] or not any(
         path.name.startswith(".") for path in tmp_path.iterdir()
     )
+
+
+def test_certificates_hold_for_what_was_pulled(trained: Path, tmp_path: Path) -> None:
+    with published(trained, tmp_path / "named") as world:
+        world.run.delete(["person 1"])
+        world.hub.create("tester/base", private=False)
+        world.loop.repositories["tiny"] = world.loop.repositories["tester/base"]
+        world.push(base_model=None)  # the run's own name is the Hub's
+        pull(NAME, tmp_path / "here", hub=world.hub)
+        (certificate,) = (tmp_path / "here" / "certificates").glob("*.json")
+        key = world.run.path / "signing.pub"
+        adapters = [tmp_path / "here" / shard for shard in ("shard-0", "shard-1")]
+        assert verify_certificate(certificate, key, adapters).passed
+        world.push(base_model=BASE)
+        pull(NAME, tmp_path / "here", hub=world.hub)
+        (problem, _) = verify_certificate(certificate, key, adapters).problems
+        assert "adapter_config.json" in problem  # the statement names that one
 
 
 def test_a_pull_replaces_an_earlier_one(world: World, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What serving stacks load, made from what a run serves."""
