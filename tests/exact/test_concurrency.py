@@ -305,7 +305,7 @@ def test_any_schedule_ends_with_every_request_carried_out_once(server, shape, sc
 
 
 @pytest.mark.slow
-@settings(fixed, max_examples=30)
+@settings(fixed, max_examples=20)
 @given(shape=st.sampled_from(SHAPES), schedule=schedules)
 def test_many_schedules_end_so(server, shape, schedule) -> None:
     folder = Path(tempfile.mkdtemp(prefix="llm-unlearn-test-"))
