@@ -71,7 +71,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--ledger_url")
     options = parser.parse_args()
-    root = Path(tempfile.mkdtemp(prefix="ledger-"))
+    with tempfile.TemporaryDirectory(prefix="ledger-") as root:
+        measure(Path(root), options)
+
+
+def measure(root: Path, options: argparse.Namespace) -> None:
     held = new_ledger(root / "large", options.ledger_url)
     node = {"weights": "w" * 64, "manifest": "m" * 64, "seconds": 0.1}
     for start in range(0, options.entries, 50_000):
@@ -95,6 +99,9 @@ def main() -> None:
     rows.append(
         ("1000 requests through 8 processes", seconds(lambda: ask_together(root / "small", 1000)))
     )
+    for made in (held, small):
+        if options.ledger_url:
+            made.database.drop()
     title = f"{options.entries} entries, {options.requests} requests"
     print_table(title, ("what", "s"), [(name, f"{value:.4f}") for name, value in rows])
 
