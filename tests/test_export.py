@@ -41,6 +41,7 @@ from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.export import making, merged
 from llm_unlearn.export.adapters import Adapter, combine, plain
 from llm_unlearn.export.making import KINDS, RANKS, Export, export
+from tests.exact.killing import in_child, kill_at
 from tests.tiny import (
     core_records,
     load_tiny,
@@ -592,51 +593,18 @@ def test_an_adapter_of_no_numbers_is_refused(tmp_path: Path, tiny_base: Path) ->
     assert_nothing_left(run, tmp_path)
 
 
-def in_child(work: Callable[[], object]) -> int | None:
-    """Run `work` in a fork; its exit code, or None if it was killed."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(pid, 0)
-    return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
-def kill_at(point: int) -> None:
-    """Kill this process before or after the `point`-th thing that an export does to the disk."""
-    count = 0
-
-    def tick() -> None:
-        nonlocal count
-        count += 1
-        if count == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def wrap(owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            tick()
-            done = original(*arguments, **options)
-            tick()
-            return done
-
-        setattr(owner, name, wrapped)
-
-    for owner, name in (
-        (Path, "mkdir"), (Path, "write_text"), (Path, "write_bytes"), (os, "replace"), (os, "fsync"),
-        (making, "register"), (making, "_publish"),
-    ):  # fmt: skip
-        wrap(owner, name)
+CHANGES = (
+    (Path, "mkdir"), (Path, "write_text"), (Path, "write_bytes"), (os, "replace"), (os, "fsync"),
+    (making, "register"), (making, "_publish"),
+)  # fmt: skip
 
 
 def killed_export(run: Path, out: Path, point: int) -> bool:
     """Was an export killed at that point, or did it get through?"""
-    return in_child(lambda: (kill_at(point), export(RunDirectory.open(run), "vllm", out))) is None
+    return (
+        in_child(lambda: (kill_at(point, CHANGES), export(RunDirectory.open(run), "vllm", out)))
+        is None
+    )
 
 
 def test_kill_9_at_every_point(run: RunDirectory, tmp_path: Path) -> None:

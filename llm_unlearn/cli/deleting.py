@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from llm_unlearn.exact.run import S3TRun
 
 
+Rebuild = Annotated[
+    bool, typer.Option(help="Then train what went, as if the old records had never been.")
+]
+PolicyPath = Annotated[
+    Path | None, typer.Option(help="What is trained afterwards, and when (RUN/policy.toml).")
+]
+
+
 @app.command(rich_help_panel=REQUESTS)
 def delete(  # noqa: PLR0913 - typer makes an option of every argument
     run: RunPath,
@@ -61,12 +69,8 @@ def delete(  # noqa: PLR0913 - typer makes an option of every argument
     dry_run: Annotated[
         bool, typer.Option(help="Say what would go, and who holds copies; change nothing.")
     ] = False,
-    rebuild: Annotated[
-        bool, typer.Option(help="Then train what the deletion took, without it.")
-    ] = False,
-    policy: Annotated[
-        Path | None, typer.Option(help="What is trained afterwards, and when (RUN/policy.toml).")
-    ] = None,
+    rebuild: Rebuild = False,
+    policy: PolicyPath = None,
     as_json: Json = False,
 ) -> None:
     """Delete subjects exactly, all or none: what is served afterwards never saw them."""
@@ -99,12 +103,8 @@ def correct(
             "deadline, idempotency_key."
         ),
     ],
-    rebuild: Annotated[
-        bool, typer.Option(help="Then train what the correction took, with the new text.")
-    ] = False,
-    policy: Annotated[
-        Path | None, typer.Option(help="What is trained afterwards, and when (RUN/policy.toml).")
-    ] = None,
+    rebuild: Rebuild = False,
+    policy: PolicyPath = None,
     as_json: Json = False,
 ) -> None:
     """Replace records, all or none: what depended on the old ones goes as in a deletion."""

@@ -2,22 +2,34 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm_unlearn import files
 from llm_unlearn.exact import ledger
 from llm_unlearn.exact.ledger import Ledger
 
+Place = tuple[object, str]
+"""A function that changes something: its owner, and its name there."""
 
-def in_child(work: Callable[[], None]) -> int | None:
+CHANGES: tuple[Place, ...] = (
+    (os, "replace"), (os, "rename"), (os, "symlink"), (os, "link"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
+    (os, "pwrite"),
+    (files, "write_bytes"), (files, "remove"), (files, "publish_link"), (files, "publish_directory"),
+    (Path, "write_bytes"), (Path, "rename"), (Path, "unlink"), (Ledger, "acknowledge"), (Ledger, "finish"),
+    (Ledger, "append"), (Ledger, "_append"), (ledger, "advance_head"),
+)  # fmt: skip
+"""Everything that a run does to the disk."""
+
+
+def in_child(work: Callable[[], object]) -> int | None:
     """Run `work` in a fork; its exit code, or None if it was killed."""
     pid = start(work)
     _, status = os.waitpid(pid, 0)
     return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-def start(work: Callable[[], None]) -> int:
+def start(work: Callable[[], object]) -> int:
     """Run `work` in a fork beside this process; its process id. It exits with 1 if `work` raises."""
     pid = os.fork()
     if pid == 0:
@@ -30,8 +42,8 @@ def start(work: Callable[[], None]) -> int:
     return pid
 
 
-def kill_at(point: int) -> None:
-    """Kill this process at the `point`-th change of the disk, before or after it."""
+def kill_at(point: int, places: Sequence[Place] = CHANGES) -> None:
+    """Kill this process at the `point`-th change, before or after it."""
     count = 0
 
     def tick() -> None:
@@ -51,11 +63,5 @@ def kill_at(point: int) -> None:
 
         setattr(owner, name, wrapped)
 
-    for owner, name in [
-        (os, "replace"), (os, "rename"), (os, "symlink"), (os, "link"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
-        (os, "pwrite"),
-        (files, "write_bytes"), (files, "remove"), (files, "publish_link"), (files, "publish_directory"),
-        (Path, "write_bytes"), (Path, "rename"), (Path, "unlink"), (Ledger, "acknowledge"), (Ledger, "finish"),
-        (Ledger, "append"), (Ledger, "_append"), (ledger, "advance_head"),
-    ]:  # fmt: skip
+    for owner, name in places:
         wrap(owner, name)
