@@ -118,7 +118,7 @@ def test_a_lost_copy_or_other_keys_are_reported(
     other = make_lego(tmp_path / "run", tiny_base)
     name = next(n for n in other.directory.slices.names if other.directory.slices.read(n))
     subject = other.directory.slices.read(name)[0].subject
-    other.directory.slices.remove(name, {other.directory.key.pseudonym("subject", subject)})
+    other.directory.slices.rewrite(name, {other.directory.key.pseudonym("subject", subject)})
     (other.path / KEYS_NAME).write_bytes(Keys(np.eye(5, 24, dtype=np.float32), 2).to_bytes())
     problems = [problem for check in other.verify() for problem in check.problems]
     assert any("are not held 2 times" in problem for problem in problems)
