@@ -44,7 +44,10 @@ def print_json(value: Any) -> None:
 
 
 def warn(message: str) -> None:
-    stderr.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+    """What people wrote is shown as it is: nothing in it is markup."""
+    stderr.print(
+        f"warning: {message}", style="yellow", highlight=False, soft_wrap=True, markup=False
+    )
 
 
 def exit_code_of(run: Callable[[], None]) -> int:
@@ -52,7 +55,9 @@ def exit_code_of(run: Callable[[], None]) -> int:
     try:
         run()
     except UserError as error:
-        stderr.print(f"error: {error}", style="bold red", highlight=False, soft_wrap=True)
+        stderr.print(
+            f"error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False
+        )
         return error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
@@ -63,6 +68,7 @@ def exit_code_of(run: Callable[[], None]) -> int:
             style="bold red",
             highlight=False,
             soft_wrap=True,
+            markup=False,
         )
         return 1
     except KeyboardInterrupt:

@@ -340,3 +340,8 @@ def test_help_imports_nothing_heavy(program: str) -> None:
         "recipes/s3t.py": ["--num_slices"],
     }
     assert all(word in done.stdout for word in words[program])
+
+
+def test_brackets_are_shown_and_not_taken_for_markup(say: Say, run: Path) -> None:
+    code, _, error = say("delete", run, "--subject", "[bold]nobody[/bold]")
+    assert code == 2 and "'[bold]nobody[/bold]'" in error

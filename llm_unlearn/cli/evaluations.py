@@ -38,7 +38,7 @@ def compare(
     title = escape(f"{found.suite}, profile {found.profile}")
     console.print_table(title, [escape(cell) for cell in found.header], rows)
     for note in found.notes:
-        console.warn(escape(note))
+        console.warn(note)
 
 
 @app.command(rich_help_panel=EVALUATIONS)
