@@ -60,7 +60,9 @@ def status(run: RunPath, as_json: Json = False) -> None:
     from llm_unlearn.hub.state import describe
 
     opened = open_run(run)
-    current, published = opened.status(), describe(opened.directory)
+    current = opened.status()
+    with opened.directory.changing("reading its status"):
+        published = describe(opened.directory)
     if as_json:
         console.print_json(current.to_dict() | {"hub": published})
         return
