@@ -21,10 +21,10 @@ from llm_unlearn.data import world
 from llm_unlearn.evaluation.scorer import Scorer, tokenize_open
 from llm_unlearn.evaluation.text import is_exact, name_free
 from llm_unlearn.exact.base_model import load_base_of
-from llm_unlearn.exact.deletion import depths_served
 from llm_unlearn.exact.ensemble import ShardEnsemble
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.selection import BASE_MODEL, Rule
+from llm_unlearn.exact.settling import depths_served
 
 # Each with whether the words of a prompt choose who reads it, or everybody does.
 RULES: dict[str, tuple[Rule, bool]] = {

@@ -12,10 +12,11 @@ from llm_unlearn.data.partition import SliceName
 from llm_unlearn.data.records import Record, make_record
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.asks import Correction
-from llm_unlearn.exact.deletion import Answer, answers_to, asked_before, make_request, settle
+from llm_unlearn.exact.deletion import Answer, answers_to, asked_before, make_request
 from llm_unlearn.exact.ledger import Request, Target
 from llm_unlearn.exact.resolving import dependents, nodes_of
 from llm_unlearn.exact.served import digest_of_served
+from llm_unlearn.exact.settling import settle
 from llm_unlearn.exact.store import RunDirectory
 
 CORRECTED = "corrected"

@@ -16,11 +16,12 @@ from llm_unlearn.exact.blocks import describe_split
 from llm_unlearn.exact.certificates import certificate_path, read_certificate
 from llm_unlearn.exact.copies import Copy, nodes_served, outstanding
 from llm_unlearn.exact.correction import Corrected, correct
-from llm_unlearn.exact.deletion import Deletion, delete, delete_all, depths_served, renew, settle
+from llm_unlearn.exact.deletion import Deletion, delete, delete_all
 from llm_unlearn.exact.encryption import KEY_FILE_NAME
 from llm_unlearn.exact.ledger import Request
 from llm_unlearn.exact.near_duplicates import NearDuplicate, find_near_duplicates
 from llm_unlearn.exact.postgresql import ADDRESS_NAME, Address
+from llm_unlearn.exact.settling import depths_served, renew, settle
 from llm_unlearn.exact.slices import Placement
 from llm_unlearn.exact.store import RunDirectory, read_key
 from llm_unlearn.exact.trie import Node, longest_surviving_prefix

@@ -23,11 +23,11 @@ from llm_unlearn.data.records import Record, digest
 from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact import residues
 from llm_unlearn.exact.adapters import Tensors
-from llm_unlearn.exact.deletion import depths_served, settle
 from llm_unlearn.exact.environment import describe_environment
 from llm_unlearn.exact.node_training import NodeTask, train_node
 from llm_unlearn.exact.replay import StateCache, capture
 from llm_unlearn.exact.served import serve
+from llm_unlearn.exact.settling import depths_served, settle
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.exact.trie import NUMERICS_VERSION, Node, ground_of, missing_nodes
 from llm_unlearn.exact.words import index_records

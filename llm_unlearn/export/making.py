@@ -17,8 +17,8 @@ from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact.adapters import file_digest
 from llm_unlearn.exact.copies import Copy, mark_gone, register
 from llm_unlearn.exact.copy_actions import UNFINISHED, exporting, remove_unfinished
-from llm_unlearn.exact.deletion import settle
 from llm_unlearn.exact.served import LINEAGE_NAME
+from llm_unlearn.exact.settling import settle
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.export import readme
 from llm_unlearn.export.adapters import Adapter

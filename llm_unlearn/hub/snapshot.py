@@ -10,8 +10,8 @@ from typing import Any
 from llm_unlearn.data.records import digest
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact.adapters import CONFIG_NAME, WEIGHTS_NAME, file_digest
-from llm_unlearn.exact.deletion import settle
 from llm_unlearn.exact.served import LINEAGE_NAME, depth_of, digest_of_served, read_lineage
+from llm_unlearn.exact.settling import settle
 from llm_unlearn.exact.store import RunDirectory
 
 CERTIFICATE = re.compile(r"([0-9a-f]{16})\.json(\.tsr)?")

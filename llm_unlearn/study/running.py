@@ -30,10 +30,10 @@ from llm_unlearn.demonstration import residents
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact.arguments import S3TConfig, make_config, make_shape
 from llm_unlearn.exact.base_model import load_base
-from llm_unlearn.exact.deletion import depths_served
 from llm_unlearn.exact.ensemble import ShardEnsemble
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.selection import Rule
+from llm_unlearn.exact.settling import depths_served
 from llm_unlearn.study.configurations import SERVED, Configuration, flags_of
 from llm_unlearn.study.costs import Costs, costs_of
 from llm_unlearn.study.measuring import Measured, System, measure, seconds_a_prompt, timed_prompts

@@ -18,8 +18,8 @@ from llm_unlearn.exact.certificates import (
     verify_certificate,
     weakest,
 )
-from llm_unlearn.exact.deletion import renew
 from llm_unlearn.exact.run import S3TRun
+from llm_unlearn.exact.settling import renew
 from llm_unlearn.exact.verification import Check
 from llm_unlearn.signing import PublicKey, SignatureError, Signer, statement
 from tests.tiny import (

@@ -14,7 +14,7 @@ from llm_unlearn.hub import client
 from llm_unlearn.hub.client import Hub
 from tests.hub.published import BASE, NAME, World, make_trained, published
 from tests.loopback_hub import TOKEN
-from tests.test_cli import Say, in_json, one_line, say
+from tests.test_cli import ROOT, Say, in_json, one_line, say
 
 __all__ = ["say"]
 
@@ -166,7 +166,7 @@ def load_in_peft(world: World, home: Path, wanted: list[tuple[str, str, dict]]) 
     """`PeftModel.from_pretrained(repository)` in a process that talks to our Hub, beside the served files."""
     environment = {
         **os.environ, "HF_ENDPOINT": world.loop.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     command = [sys.executable, "-c", LOAD, json.dumps(wanted)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
