@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "run_report": {"data", "evaluation", "exact"},
     "study": {"data", "evaluation", "exact", "console", "demonstration"},
     "hub": {"data", "exact"},
+    "serving": {"data", "exact", "export"},
 }
 
 
