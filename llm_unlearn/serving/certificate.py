@@ -25,9 +25,12 @@ Certify votes or probabilities, never logits: those have no bound, so no margin 
 must not depend on what it shares a batch with; `is_close` and `slack` are for what rounding leaves of that.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 NO_VOTE = -1
 """Stands for the vote of a shard that is affected, or whose vote rounding could change."""
@@ -62,21 +65,29 @@ def certify(
     Args:
         scores: (..., C), summed over the unaffected shards.
         affected_weight: the sum of the weights of the affected shards, a number or (...).
-        slack: how far rounding may move the difference of two scores, a number or (...).
+        slack: how far rounding may move any one score, a number or (...).
     """
     scores = scores.double()  # in which counts are exact
-    weight, extra = (
-        torch.as_tensor(value, dtype=torch.float64, device=scores.device)
-        for value in (affected_weight, slack)
-    )
+    reach = _reach(scores, affected_weight, slack)
     winner = scores.argmax(-1)
     best = scores.gather(-1, winner[..., None])
-    gaps = best - scores - (weight + extra)[..., None]
+    gaps = best - scores - reach[..., None]
     labels = torch.arange(scores.shape[-1], device=scores.device)
     itself = labels == winner[..., None]
     is_beaten = (gaps > 0) | ((gaps == 0) & (labels > winner[..., None])) | itself
     others = gaps.masked_fill(itself, float("inf"))
     return Verdict(winner, is_beaten.all(-1), others.min(-1).values)
+
+
+def _reach(
+    scores: torch.Tensor, affected_weight: torch.Tensor | float, slack: torch.Tensor | float
+) -> torch.Tensor:
+    """How far a label may rise above the winner: by all that is affected, and rounding of both scores."""
+    weight, rounding = (
+        torch.as_tensor(value, dtype=torch.float64, device=scores.device)
+        for value in (affected_weight, slack)
+    )
+    return weight + 2 * rounding
 
 
 def certify_votes(votes: torch.Tensor) -> Verdict:
@@ -148,3 +159,164 @@ def ballot_scores(log_probs: torch.Tensor, shards: int) -> torch.Tensor:
 def ballot_weight(affected: int, shards: int) -> float:
     """The weight of some affected shards in `ballot_scores`."""
     return affected * (1 + 1 / shards)
+
+
+class Count(NamedTuple):
+    """One token's tally for the audit log: numbers without labels, since token ids would be text.
+
+    Attributes:
+        winner: what the unaffected shards give to the token.
+        rival: the most that any other can end with: its score and all of the affected weight.
+        affected: weight of the shards that count as affected.
+    """
+
+    winner: float
+    rival: float
+    affected: float
+
+
+class VoteTally:
+    """The votes behind one answer, kept so that it can be certified again when more shards are affected.
+
+    A withdrawn shard's votes are dropped for good: they came from what has to be forgotten, and when it votes
+    again after the execution, it is with other weights. So a step is certified from the votes of shards that
+    were never affected since, which is `certify_votes` itself: exact. 4 m bytes a token.
+
+    Args:
+        shards: m.
+
+    Attributes:
+        certified: how many tokens from the first are certified.
+    """
+
+    def __init__(self, shards: int):
+        self.certified = 0
+        self._shards = shards
+        self._tokens: list[int] = []
+        self._votes: list[NDArray[np.int32]] = []
+
+    def append(self, token: int, votes: Sequence[int] | NDArray[Any]) -> bool:
+        """One more token of the answer; is it certified, and everything before it?
+
+        Args:
+            token: what was answered, by whichever rule: it counts as certified only if it is the
+                certificate's own winner.
+            votes: (m,), `NO_VOTE` for shards that are affected or close.
+        """
+        self._tokens.append(token)
+        self._votes.append(np.array(votes, np.int32).reshape(self._shards))
+        if self.certified == len(self._tokens) - 1:
+            self.certified += self._certified_from(self.certified)
+        return self.certified == len(self._tokens)
+
+    def withdraw(self, shards: Iterable[int]) -> int:
+        """More shards are affected; how many tokens from the first are certified now."""
+        gone = list(shards)
+        for votes in self._votes:
+            votes[gone] = NO_VOTE
+        self.certified = min(self.certified, self._certified_from(0))
+        return self.certified
+
+    def _certified_from(self, start: int) -> int:
+        if start == len(self._tokens):
+            return 0
+        verdict = certify_votes(torch.from_numpy(np.stack(self._votes[start:])))
+        is_ours = verdict.is_certified & (verdict.winner == torch.tensor(self._tokens[start:]))
+        return int(is_ours.int().cumprod(0).sum())
+
+    def counts(self) -> list[Count]:
+        found = []
+        for token, votes in zip(self._tokens, self._votes, strict=True):
+            affected = int((votes == NO_VOTE).sum())
+            others = votes[(votes != NO_VOTE) & (votes != token)]
+            most = int(np.unique(others, return_counts=True)[1].max()) if others.size else 0
+            found.append(Count(int((votes == token).sum()), most + affected, affected))
+        return found
+
+
+class ScoreTally:
+    """As `VoteTally` for scores that are not votes, without keeping every shard's whole distribution.
+
+    Of each token are kept what every shard gave it (m numbers), and R = max over j != t of S_j + W, the most
+    that a rival could end with. When shards Q are affected too, S'_j + W' <= S_j + W + w(Q), because scores are
+    not negative: S'_j <= S_j. So S'_t > R + w(Q) is sound. It asks for more than the exact rule, which knows
+    what Q gave the best rival, by at most that: sum over Q of w_k p_k(j). With noise, where certified means
+    S_t > (S_j + W) h_j for every j (`sampling.py`), R = max (S_j + W) h_j grows by w(Q) max h_j.
+
+    Args:
+        weights: (m,).
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        self.certified = 0
+        self._weights = np.asarray(weights, np.float64)
+        self._own: list[NDArray[np.float64]] = []
+        self._affected: list[NDArray[np.bool_]] = []
+        self._rivals: list[Rival] = []
+
+    def append(
+        self,
+        own: Sequence[float] | NDArray[Any],
+        affected: Sequence[bool] | NDArray[Any],
+        rival: "Rival",
+        is_certified: bool,
+    ) -> bool:
+        """One more token of the answer; is it certified, and everything before it?
+
+        Args:
+            own: (m,), what each shard gives the token, times its weight; of affected shards not read.
+            affected: (m,).
+            rival: of the token over the unaffected shards.
+            is_certified: what `certify` said of this token.
+        """
+        is_affected = np.array(affected, bool)
+        self._own.append(np.where(is_affected, 0.0, np.array(own, np.float64)))
+        self._affected.append(is_affected)
+        self._rivals.append(rival)
+        self.certified += is_certified and self.certified == len(self._own) - 1
+        return self.certified == len(self._own)
+
+    def withdraw(self, shards: Iterable[int]) -> int:
+        """More shards are affected; how many tokens from the first are certified now."""
+        gone = list(shards)
+        for step, (own, affected, rival) in enumerate(
+            zip(self._own, self._affected, self._rivals, strict=True)
+        ):
+            fresh = [shard for shard in gone if not affected[shard]]
+            rise = float(self._weights[fresh].sum()) * rival.rise
+            own[fresh], affected[fresh] = 0.0, True
+            self._rivals[step] = rival._replace(reach=rival.reach + rise)
+            if fresh and own.sum() <= self._rivals[step].reach:
+                self.certified = min(self.certified, step)
+        return self.certified
+
+    def counts(self) -> list[Count]:
+        return [
+            Count(float(own.sum()), rival.reach, float(self._weights[affected].sum()))
+            for own, affected, rival in zip(self._own, self._affected, self._rivals, strict=True)
+        ]
+
+
+class Rival(NamedTuple):
+    """How much a token must have to win for certain.
+
+    Attributes:
+        reach: more than this, from the unaffected shards.
+        rise: by how much that grows for each unit of weight that becomes affected.
+    """
+
+    reach: float
+    rise: float = 1.0
+
+
+def rival_of(
+    scores: torch.Tensor, affected_weight: float, winner: int, slack: float = 0.0
+) -> Rival:
+    """The best rival of one token.
+
+    Args:
+        scores: (C,), as for `certify`.
+    """
+    others = scores.double().clone()
+    others[winner] = float("-inf")
+    return Rival(float(others.max() + _reach(others, affected_weight, slack)))
