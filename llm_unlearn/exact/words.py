@@ -77,6 +77,9 @@ class Words:
         parts: for every shard the indexes of the nodes that it serves.
         key: the one they were made with.
         tokenizer: of the base model.
+
+    Attributes:
+        shards: of every subject's row, (R,).
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class Words:
         order = np.argsort(joined, kind="stable")
         self._hashes = joined[order]
         self._rows = np.concatenate(rows)[order] if rows else np.zeros(0, np.int64)
-        self._shards = np.concatenate(shards) if shards else np.zeros(0, np.int64)
+        self.shards = np.concatenate(shards) if shards else np.zeros(0, np.int64)
         self.cost = lru_cache(maxsize=2**16)(self._cost)
 
     def _cost(self, word: str) -> float:
@@ -117,20 +120,45 @@ class Words:
 
     def evidence(self, text: str) -> Evidence:
         """Whose words a prompt is made of."""
-        coverage = np.zeros(self.num_shards)
+        parts = self._parts(text)
+        if not parts or not self.shards.size:
+            return Evidence(np.zeros(self.num_shards), 0.0)
+        by_row = self._by_row(parts)
+        return Evidence(coverage(by_row, self.shards, self.num_shards), lead(by_row))
+
+    def by_row(self, text: str) -> NDArray[np.float64]:
+        """For every subject's row the part of a prompt's weight that its words cover, (R,)."""
+        return self._by_row(self._parts(text))
+
+    def _parts(self, text: str) -> dict[str, float]:
+        """The part of a prompt's weight that each of its features has; none where nothing tells."""
         weights = {f: min(map(self.weight, words)) for f, words in features(text).items()}
         total = sum(weights.values())
-        if total == 0 or not self._shards.size:
-            return Evidence(coverage, 0.0)
-        hashed = np.array([self.key.word(feature) for feature in weights], np.uint32)
+        return {feature: weight / total for feature, weight in weights.items()} if total else {}
+
+    def _by_row(self, parts: dict[str, float]) -> NDArray[np.float64]:
+        by_row = np.zeros(len(self.shards))
+        hashed = np.array([self.key.word(feature) for feature in parts], np.uint32)
         starts = np.searchsorted(self._hashes, hashed, "left")
         ends = np.searchsorted(self._hashes, hashed, "right")
-        by_row = np.zeros(len(self._shards))
-        for weight, start, end in zip(weights.values(), starts, ends, strict=True):
-            by_row[self._rows[start:end]] += weight / total
-        np.maximum.at(coverage, self._shards, by_row)
-        third = np.partition(by_row, -3)[-3] if len(by_row) > 2 else 0.0
-        return Evidence(coverage, float(by_row.max() - max(third, STRANGER)))
+        for part, start, end in zip(parts.values(), starts, ends, strict=True):
+            by_row[self._rows[start:end]] += part
+        return by_row
+
+
+def coverage(
+    by_row: NDArray[np.float64], shards: NDArray[np.int64], num_shards: int
+) -> NDArray[np.float64]:
+    """Of every shard the best of its subjects' rows; 0 where nothing is left."""
+    best = np.zeros(num_shards)
+    np.maximum.at(best, shards, by_row)
+    return best
+
+
+def lead(by_row: NDArray[np.float64]) -> float:
+    """Of the best of some rows before the third best, or a stranger."""
+    third = np.partition(by_row, -3)[-3] if len(by_row) > 2 else 0.0
+    return float(by_row.max() - max(third, STRANGER))
 
 
 def asked_in(messages: Sequence[Mapping[str, str]], is_telling: Callable[[str], bool]) -> str:
