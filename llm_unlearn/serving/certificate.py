@@ -38,8 +38,9 @@ NO_VOTE = -1
 CLOSE = 1e-3
 """Nats within which two tokens of one shard may change places with another batch composition.
 
-Kernels round differently for batches of other sizes: float32 logits move by some 1e-5. In bfloat16 they move
-by 1e-1, so a model in that format should vote with a larger tolerance, or be asked one row at a time.
+Kernels round differently for batches of other sizes: the demonstration's float32 log-probabilities move by
+1e-5. One step of a bfloat16 logit between 8 and 16 is 0.06, so a model in that format should vote with a
+larger tolerance, or be asked one row at a time.
 """
 
 
@@ -133,6 +134,8 @@ def is_close(scores: torch.Tensor, tolerance: float = CLOSE) -> torch.Tensor:
     Returns:
         (..., m).
     """
+    if scores.shape[-1] == 1:
+        return torch.zeros(scores.shape[:-1], dtype=torch.bool, device=scores.device)
     first, second = scores.topk(2, dim=-1).values.unbind(-1)
     return ~(first - second > tolerance)  # also where the scores are no numbers
 

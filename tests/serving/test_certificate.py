@@ -173,6 +173,7 @@ def test_close_votes_are_told_apart() -> None:
     scores = torch.tensor([[0.0, -5.0, -5.0], [0.0, -0.0005, -9.0], [float("nan")] * 3])
     assert is_close(scores).tolist() == [False, True, True]
     assert is_close(scores, 6.0).tolist() == [True, True, True]
+    assert not is_close(scores[:, :1]).any(), "a single label has no rival"
 
 
 def test_what_rounding_can_flip_is_never_certified_wrongly() -> None:

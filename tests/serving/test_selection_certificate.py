@@ -37,7 +37,7 @@ from tests.tiny import make_stub_run, stubbed_training, tiny_records, train_stub
 
 LOG = logging.getLogger(__name__)
 KEY, KEY_OF_STUBS = PartitionKey.from_phrase("words"), PartitionKey.from_phrase("stub")
-GRID = np.array([0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0])
+GRID = [0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0]
 RULE = Rule("select", candidates=2)
 
 
