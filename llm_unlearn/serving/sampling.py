@@ -145,7 +145,7 @@ class Scores(NamedTuple):
 
 
 def scores_of(log_probs: torch.Tensor, top_p: float = 1.0, tolerance: float = CLOSE) -> Scores:
-    """Each shard's probabilities, within its own nucleus.
+    """Each shard's probabilities, within its own nucleus: `certify(by_shard.sum(-2), W, slack.sum(-1))`.
 
     Let L be the tokens that are kept for certain and U those that might be. With N between them,
     p(x) / p(N) is between p(x) / p(U) (0 outside L) and p(x) / p(L), so no score moves by more than

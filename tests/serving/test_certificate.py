@@ -264,6 +264,17 @@ def test_a_withdrawn_vote_never_comes_back() -> None:
     assert tally.counts() == [(2, 3, 3), (3, 2, 2)]
 
 
+def test_what_a_caller_gave_is_not_changed() -> None:
+    tally, votes = VoteTally(3), np.array([1, 1, 1], np.int32)
+    tally.append(1, votes)
+    tally.withdraw([0])
+    assert votes.tolist() == [1, 1, 1]
+    scores, given, affected = ScoreTally([1.0] * 3), np.ones(3), np.zeros(3, bool)
+    scores.append(given, affected, Rival(0.0), True)
+    scores.withdraw([0])
+    assert given.tolist() == [1.0] * 3 and not affected.any()
+
+
 def test_an_answer_that_is_not_the_certificates_is_not_certified() -> None:
     tally = VoteTally(3)
     assert not tally.append(2, [1, 1, 1])
