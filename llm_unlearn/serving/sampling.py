@@ -127,10 +127,11 @@ def draw(
     kept, sure, possible = nucleus(log_probs, top_p, tolerance)
     nothing = float("-inf")
     tokens = scores.masked_fill(~kept, nothing).argmax(-1)
-    # The draw stands if it is kept for certain and leads all that might be kept.
-    rivals = scores.masked_fill(~possible, nothing)
-    is_ours = sure.gather(-1, tokens[..., None]).squeeze(-1)
-    return Draw(tokens, is_close(rivals, tolerance / temperature) | ~is_ours)
+    at_token = tokens[..., None]
+    # The draw stands if it is kept for certain and leads all others that might be kept.
+    rivals = scores.masked_fill(~possible, nothing).scatter(-1, at_token, nothing).max(-1).values
+    leads = scores.gather(-1, at_token).squeeze(-1) - rivals > tolerance / temperature
+    return Draw(tokens, ~(leads & sure.gather(-1, at_token).squeeze(-1)))
 
 
 class Scores(NamedTuple):

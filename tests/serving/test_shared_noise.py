@@ -186,6 +186,19 @@ def test_rounding_changes_no_draw_that_is_not_close_and_no_score_beyond_the_slac
     assert flipped > 0 and moved > 0, "rounding did change some draws and nuclei"
 
 
+def test_a_token_at_the_edge_of_the_nucleus_that_the_noise_favours_makes_a_draw_close() -> None:
+    log_probs = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
+    favours_last = torch.tensor([0.0, 0.0, 9.0, 0.0])
+    now = draw(log_probs, 1.0, favours_last, 0.65)  # token 1 or token 2, by their last bits
+    assert now.tokens.tolist() == [0] and now.is_close.tolist() == [True]
+    other_way = log_probs + torch.tensor([[0.0, -1e-5, 1e-5, 0.0]])
+    assert draw(other_way, 1.0, favours_last, 0.65).tokens.tolist() == [2]
+    favours_first = torch.tensor([9.0, 0.0, 0.0, 0.0])
+    assert not draw(log_probs, 1.0, favours_first, 0.65).is_close.any()
+    favours_outside = torch.tensor([3.0, 0.0, 0.0, 9.0])  # out of the question, whatever the bits
+    assert not draw(log_probs, 1.0, favours_outside, 0.65).is_close.any()
+
+
 def test_rounding_of_either_score_is_allowed_for() -> None:
     scores, noise = torch.tensor([2.0, 0.9]), torch.zeros(2)
     assert certify_draw(scores, 1.0, 1.0, noise, slack=0.04).is_certified
