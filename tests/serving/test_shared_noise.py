@@ -40,6 +40,8 @@ def test_noise_depends_on_seed_position_and_token_alone() -> None:
     assert gumbel(KEY, 3, 50).abs().sum() > 0, "what a caller does to its copy stays there"
     others = [gumbel(KEY, 4, 50), gumbel(noise_key("query", 8), 3, 50)]
     assert not any(torch.equal(other, gumbel(KEY, 3, 50)) for other in others)
+    near = set(gumbel(KEY, 3, 50).tolist()) & set(gumbel(KEY, 4, 50).tolist())
+    assert not near, "positions share no piece of the stream"
     assert noise_key("a") != noise_key("b") and noise_key("a", 1) == noise_key("b", 1)
     assert noise_key("1") != noise_key("x", 1), "the name of a query is not a seed"
 
