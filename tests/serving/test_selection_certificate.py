@@ -171,7 +171,7 @@ def test_certified_prompts_find_the_same_shards_whoever_is_deleted(tokenizer: An
             )
             counts[is_certified, kind] += 1
     # Three alike have no lead, and the base answers; when two of them go, the first is read.
-    asked = f"What do {names[0]}, {names[3]} and {names[4]} have in common?"
+    asked = f"Where were {names[0]}, {names[3]} and {names[5]} born?"
     decided = {candidates(*words.evidence(asked), rule).shards == [] for words in later}
     assert decided == {True, False} and not bounds.certify(asked, rule).is_certified
     LOG.info("questions by certified and whose: %s", dict(counts))
