@@ -73,26 +73,33 @@ class Policy:
             head_start = HEAD_START * self.deadline_seconds
         return max(0.0, self.deadline_seconds - head_start)
 
-    def for_shards(self, shards: int) -> "Policy":
-        """The policy with its threshold, for an ensemble of this size.
+    def for_shards(self, shards: int, seconds_per_shard: float | None = None) -> "Policy":
+        """The policy with its threshold and its head start, for an ensemble of this size.
 
         What the margins of the votes can bear, half their median, is known only after many queries.
         With a quarter of the shards affected, an answer is still certified when the other shards
         agree on it by two votes to one.
 
+        Args:
+            seconds_per_shard: what rebuilding one takes, if it is known: two executions of all shards
+                then fit before the deadline, the one that runs when a request is due, and its own.
+
         Raises:
             UserError: the threshold is more than there are shards.
         """
-        if self.timing != "threshold":
-            return self
-        if self.threshold is None:
-            return replace(self, threshold=max(1, int(SHARE_OF_SHARDS * shards)))
-        if self.threshold > shards:
+        found = self
+        if seconds_per_shard is not None and found.head_start_seconds is None:
+            found = replace(found, head_start_seconds=2 * shards * seconds_per_shard)
+        if found.timing != "threshold":
+            return found
+        if found.threshold is None:
+            return replace(found, threshold=max(1, int(SHARE_OF_SHARDS * shards)))
+        if found.threshold > shards:
             raise UserError(
-                f"--threshold {self.threshold} is more than the {shards} shards there are: "
+                f"--threshold {found.threshold} is more than the {shards} shards there are: "
                 f"choose 1 to {shards}, or --timing deadline"
             )
-        return self
+        return found
 
 
 def is_due(
@@ -110,8 +117,8 @@ def is_due(
         pending_requests: not executed yet.
         oldest_age_seconds: of the oldest of them, since its acknowledgement. For one with a deadline
             of its own: `policy.deadline_seconds` less the time that is left, if that is more.
-        uncertified_waiting: some query could not be certified since the last execution began, and
-            waits or was answered otherwise.
+        uncertified_waiting: some query could not be certified, and waits, or was answered otherwise
+            since the last execution ended.
 
     Raises:
         ValueError: the threshold is not known yet.
@@ -244,7 +251,7 @@ def make_policy(
         policy = replace(policy, threshold=threshold)
     if deadline_hours is not None:
         if not (math.isfinite(deadline_hours) and deadline_hours > 0):
-            raise UserError(f"--deadline_hours is {deadline_hours}, expected more than 0")
+            raise UserError(f"--deadline-hours is {deadline_hours}, expected more than 0")
         policy = replace(policy, deadline_seconds=3600.0 * deadline_hours)
     return policy
 
