@@ -72,21 +72,24 @@ def simulate_serving(  # noqa: PLR0913 - typer makes an option of every argument
     from llm_unlearn.serving.simulation import Setting, headline
     from llm_unlearn.serving.simulation_plan import Arrivals, simulate_serving
 
-    simulated = simulate_serving(
-        Arrivals(run, trace, rate, deletions_per_hour, hours, shards),
-        Setting(
-            seconds_per_answer=seconds_per_answer,
-            labels=labels,
-            accuracy=accuracy,
-            by_shard=by_shard,
-            seed=seed,
-        ),
-        seconds_per_shard,
-        policy,
-        target,
-        threshold,
-        deadline_hours,
+    setting = Setting(
+        seconds_per_answer=seconds_per_answer,
+        labels=labels,
+        accuracy=accuracy,
+        by_shard=by_shard,
+        seed=seed,
     )
+    with console.steps_progress("policies", enabled=not as_json) as progress:
+        simulated = simulate_serving(
+            Arrivals(run, trace, rate, deletions_per_hour, hours, shards),
+            setting,
+            seconds_per_shard,
+            policy,
+            target,
+            threshold,
+            deadline_hours,
+            progress,
+        )
     if plot is not None:
         from llm_unlearn.serving.simulation_plot import plot_outcomes
 

@@ -7,7 +7,7 @@ after an execution are known, and every answer can be held against them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,8 +78,16 @@ class Outcome:
         return asdict(self)
 
 
-def simulate(trace: Trace, setting: Setting, policies: Sequence[Policy]) -> list[Outcome]:
+def simulate(
+    trace: Trace,
+    setting: Setting,
+    policies: Sequence[Policy],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Outcome]:
     """Replay a trace under some policies, all with the same votes, and beside the baseline.
+
+    Args:
+        progress: called with how many policies are done, and of how many.
 
     Returns:
         An outcome for each policy, in their order. The baseline, which is no other under another
@@ -99,10 +107,12 @@ def simulate(trace: Trace, setting: Setting, policies: Sequence[Policy]) -> list
     )
     baseline = Replay(trace, votes, POLICIES[BASELINE], setting).run()
     outcomes = []
-    for policy in policies:
+    for number, policy in enumerate(policies, start=1):
         is_baseline = policy.name == BASELINE
         replay = baseline if is_baseline else Replay(trace, votes, policy, setting).run()
         outcomes.append(_outcome(replay, policy, baseline))
+        if progress is not None:
+            progress(number, len(policies))
     return outcomes
 
 

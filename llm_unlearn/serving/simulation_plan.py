@@ -1,6 +1,6 @@
 """From what a person asks for to a simulation: the one function behind `llm-unlearn simulate-serving`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -77,6 +77,7 @@ def simulate_serving(
     target: str = BOTH,
     threshold: int | None = None,
     deadline_hours: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Simulated:
     """Simulate every policy, or one beside the baseline, on a trace or on invented arrivals.
 
@@ -84,6 +85,7 @@ def simulate_serving(
         seconds_per_shard: instead of the setting's; by default the run's own, if there is a run.
         target: `deactivated`, `retrained`, or `both`.
         threshold: of the policies that have one.
+        progress: called with how many policies are done, and of how many.
 
     Raises:
         UserError: options that contradict each other, a bad line of the trace, a number out of range.
@@ -105,7 +107,7 @@ def simulate_serving(
             )
     if seconds_per_shard is not None:
         setting = replace(setting, seconds_per_shard=seconds_per_shard)
-    outcomes = simulate(trace, setting, policies)
+    outcomes = simulate(trace, setting, policies, progress)
     hours = trace.seconds / 3600.0
     return Simulated(
         setting, len(trace.queries), len(trace.deletions), trace.shards, hours, outcomes, notes

@@ -14,7 +14,7 @@ from llm_unlearn.errors import UserError
 Homes = Callable[[Iterable[str]], Mapping[str, Sequence[int]]]
 """By subject, the numbers of the shards that hold some of it; who is not held is left out."""
 
-MOST_ARRIVALS = 20_000_000
+MOST_ARRIVALS = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ def read_trace(path: Path, shards: Sequence[int], homes: Homes | None = None) ->
             lines.append(_parse(number, text))
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
+        if len(lines) > MOST_ARRIVALS:
+            raise UserError(f"{path} has more than {MOST_ARRIVALS} lines: take a part of it")
     if not any(line.is_query for line in lines):
         raise UserError(
             f"{path} has no query: give lines such as " + '{"time": 0, "kind": "query"}'
