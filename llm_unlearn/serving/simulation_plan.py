@@ -3,13 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from llm_unlearn.errors import UserError
 from llm_unlearn.serving.policy import POLICIES, Policy, Target, make_policy
 from llm_unlearn.serving.simulation import BASELINE, Outcome, Setting, headline, simulate
-from llm_unlearn.serving.simulation_run import RunFacts, read_run
 from llm_unlearn.serving.simulation_trace import Trace, invent_trace, read_trace
+
+if TYPE_CHECKING:
+    from llm_unlearn.serving.simulation_run import RunFacts
 
 RATE, DELETIONS_PER_HOUR, HOURS, SHARDS = 2.0, 60.0, 2.0, 20
 BOTH = "both"
@@ -137,15 +139,17 @@ def _policies(
     ]
 
 
-def _facts(arrivals: Arrivals) -> RunFacts | None:
+def _facts(arrivals: Arrivals) -> "RunFacts | None":
     if arrivals.run is None:
         return None
     if arrivals.shards is not None:
         raise UserError("--run says how many shards there are: leave out --shards")
+    from llm_unlearn.serving.simulation_run import read_run  # needs a run, and what reads it
+
     return read_run(arrivals.run)
 
 
-def _trace(arrivals: Arrivals, facts: RunFacts | None, seed: int) -> Trace:
+def _trace(arrivals: Arrivals, facts: "RunFacts | None", seed: int) -> Trace:
     shards = SHARDS if arrivals.shards is None else arrivals.shards
     if arrivals.trace is None:
         return invent_trace(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
 
+from llm_unlearn.errors import UserError
 from llm_unlearn.serving.simulation import BASELINE, Outcome
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ def plot_outcomes(outcomes: Sequence[Outcome], path: str | PathLike[str]) -> Non
     """Draw latency, retrains and how queries were answered; a block of rows for each target.
 
     The format follows the file's ending. Needs matplotlib.
+
+    Raises:
+        UserError: the file cannot be written, or has an ending that says no format.
     """
     from matplotlib.figure import Figure
 
@@ -49,7 +53,10 @@ def plot_outcomes(outcomes: Sequence[Outcome], path: str | PathLike[str]) -> Non
         *grid[0][2].get_legend_handles_labels()[1],
     ]
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write the plot {path}: {error}") from None
 
 
 def _draw_latency(axes: "Axes", shown: Sequence[Outcome]) -> None:
