@@ -4,7 +4,6 @@ Deactivation is not decided here: a deletion takes its nodes out of every later 
 every policy but `serve-anyway`. What a policy decides is when the affected shards are *rebuilt*.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -24,6 +23,7 @@ Target = Literal["deactivated", "retrained"]
 the deletion on; or the one that a rebuild will publish."""
 
 DEADLINE_SECONDS = 24 * 3600.0
+MOST_HOURS = 24 * 366
 HEAD_START = 0.1  # share of the deadline that is left for the execution itself
 SHARE_OF_SHARDS = 0.25
 
@@ -250,8 +250,10 @@ def make_policy(
             raise UserError(f"--threshold is {threshold}, expected at least 1")
         policy = replace(policy, threshold=threshold)
     if deadline_hours is not None:
-        if not (math.isfinite(deadline_hours) and deadline_hours > 0):
-            raise UserError(f"--deadline-hours is {deadline_hours}, expected more than 0")
+        if not 0 < deadline_hours <= MOST_HOURS:
+            raise UserError(
+                f"--deadline-hours is {deadline_hours}, expected more than 0, at most {MOST_HOURS}"
+            )
         policy = replace(policy, deadline_seconds=3600.0 * deadline_hours)
     return policy
 

@@ -110,12 +110,10 @@ class Replay:
 
     def _advance(self, now: float) -> None:
         """Everything that happens at one moment but queries, which come after it."""
-        had = self._affected().sum()
+        before = self._affected()
         while self._job is not None and self._job.ends[0] <= now:
             self._publish(self._job)
         self._loaded_at[self._loaded_at <= now] = -np.inf
-        if self._affected().sum() < had:  # more affected shards certify nothing more
-            self._release(now)
         while (
             self._arrived < len(self.trace.deletions) and self.trace.deletions[self._arrived] <= now
         ):
@@ -124,6 +122,8 @@ class Replay:
             if self.setting.seconds_per_deactivation > 0:
                 self._loaded_at[hit] = now + self.setting.seconds_per_deactivation
             self._arrived += 1
+        if (before & ~self._affected()).any():  # with more affected, nothing more is certified
+            self._release(now)
         self._start_if_due(now, self._was_uncertified or len(self._held) > 0)
 
     def _start_if_due(self, now: float, uncertified: bool) -> None:

@@ -78,6 +78,7 @@ def test_a_policy_by_name_and_by_its_parts_is_the_same() -> None:
         ({"threshold": 0}, "expected at least 1"),
         ({"deadline_hours": 0}, "more than 0"),
         ({"deadline_hours": float("nan")}, "more than 0"),
+        ({"deadline_hours": 1e300}, "at most"),
         ({"deadline_hours": float("inf")}, "more than 0"),
     ],
 )

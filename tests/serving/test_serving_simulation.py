@@ -312,21 +312,62 @@ def test_what_holds_on_every_trace(
         assert not (replay.is_certified & (replay.answered_at != trace.queries)).any()
 
 
-@settings(max_examples=100, deadline=None)
+def ends_of(replay: Replay, query: int, moment: float) -> set[int]:
+    """What the ensemble can answer once everything pending at a moment is executed: all re-votes."""
+    pending = pending_at(replay, moment)
+    votes = [int(v) for k, v in enumerate(replay.votes.whole[query]) if k not in pending]
+    return {
+        int(np.bincount([*votes, *again], minlength=2).argmax())
+        for again in itertools.product(range(2), repeat=len(pending))
+    }
+
+
+@settings(max_examples=150, deadline=None)
 @given(trace=traces(), name=st.sampled_from(SAFE))
 def test_certificates_are_those_of_the_shards_that_were_not_pending(
     trace: Trace, name: str
 ) -> None:
-    """Worked out again from the outcome, query by query, and by the adversary's own re-votes."""
+    """Worked out again from the outcome, query by query, by the adversary's own re-votes."""
     setting = Setting(seconds_per_shard=7.0, labels=2, accuracy=0.6, seconds_per_deactivation=0)
     replay = replay_of(trace, make_policy(name, target="retrained"), setting)
     for query, moment in enumerate(trace.queries):
-        pending = pending_at(replay, moment)
-        votes = [int(v) for k, v in enumerate(replay.votes.whole[query]) if k not in pending]
-        ends = {
-            int(np.bincount([*votes, *again], minlength=2).argmax())
-            for again in itertools.product(range(2), repeat=len(pending))
-        }
-        assert replay.is_certified[query] == (len(ends) == 1), (query, pending)
+        ends = ends_of(replay, query, moment)
+        assert replay.is_certified[query] == (len(ends) == 1)
         if len(ends) == 1:
             assert {replay.label[query]} == ends
+        elif replay.policy.handling in ("execute", "defer"):
+            # Held until the first execution after which it is certified, and not longer.
+            later = np.unique(replay.executed_at[replay.executed_at > moment])
+            first = next(end for end in later if len(ends_of(replay, query, end)) == 1)
+            assert replay.answered_at[query] == first
+            assert {replay.label[query]} == ends_of(replay, query, first)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    trace=traces(),
+    policy=st.sampled_from([make_policy(n, target=t) for n in SAFE for t in ("deactivated", "retrained")]),
+)  # fmt: skip
+def test_what_deleted_data_says_changes_nothing(trace: Trace, policy: Policy) -> None:
+    """Shards that hold deleted data vote otherwise, for every query that is answered meanwhile."""
+    setting = Setting(seconds_per_shard=7.0, labels=3, accuracy=0.5)
+    first = replay_of(trace, policy, setting)
+    whole = first.votes.whole.copy()
+    for query, moment in enumerate(trace.queries):
+        if first.answered_at[query] <= moment or np.isnan(first.answered_at[query]):
+            for shard in pending_at(first, moment):
+                whole[query, shard] = (whole[query, shard] + 1) % 3
+    second = Replay(trace, first.votes._replace(whole=whole), policy, setting).run()
+    assert second.label.tolist() == first.label.tolist()
+    assert second.is_certified.tolist() == first.is_certified.tolist()
+    np.testing.assert_array_equal(second.answered_at, first.answered_at)
+    np.testing.assert_array_equal(second.executed_at, first.executed_at)
+
+
+def test_serving_anyway_says_what_deleted_data_says() -> None:
+    """The same change of votes is seen there: the test above can fail."""
+    trace = make_trace([5.0], [(1.0, 0), (1.0, 1)], 2)
+    first = replay_of(trace, make_policy("serve-anyway", threshold=2))
+    whole = (first.votes.whole + 1) % 10
+    second = Replay(trace, first.votes._replace(whole=whole), first.policy, Setting()).run()
+    assert first.is_unsafe.all() and second.label[0] == (first.label[0] + 1) % 10
