@@ -79,7 +79,6 @@ class Replay:
         self._pending = np.zeros(trace.shards, dtype=int)  # deletions not executed, by shard
         self._loaded_at = np.full(trace.shards, -np.inf)  # when a withdrawn shard answers again
         self._held = np.empty(0, dtype=int)
-        self._was_uncertified = False
         self._job: _Job | None = None
 
     def run(self) -> "Replay":
@@ -124,7 +123,7 @@ class Replay:
             self._arrived += 1
         if (before & ~self._affected()).any():  # with more affected, nothing more is certified
             self._release(now)
-        self._start_if_due(now, self._was_uncertified or len(self._held) > 0)
+        self._start_if_due(now, uncertified=len(self._held) > 0)
 
     def _start_if_due(self, now: float, uncertified: bool) -> None:
         waiting = self._arrived - self._started
@@ -161,8 +160,6 @@ class Replay:
             self._loaded_at[shard] = -np.inf
         rest = job._replace(ends=job.ends[1:], shards=job.shards[1:])
         self._job = rest if rest.shards else None
-        if self._job is None:
-            self._was_uncertified = False
 
     def _serve_until(self, moment: float) -> float:
         """Answer, or hold, what arrives before a moment; an execution that this starts brings it forward."""
@@ -192,7 +189,6 @@ class Replay:
         rows = rows[~is_certified]
         if not len(rows):
             return
-        self._was_uncertified = True
         if self.policy.handling in ("execute", "defer"):
             self._held = np.concatenate([self._held, rows])
         elif self.policy.handling == "clean" and self._is_loaded().any():

@@ -228,6 +228,17 @@ def test_weak_shards_make_answers_change() -> None:
         assert found[name].different == found[name].unsafe == 0
 
 
+def test_rounding_does_not_put_off_what_is_due() -> None:
+    """The age of a deletion, when it is due, comes out a bit below the age at which it is due."""
+    arrived = 260062.1
+    policy = make_policy("deadline-clean", deadline_hours=0.7)
+    due = arrived + policy.latest_start_seconds
+    assert due - arrived < policy.latest_start_seconds
+    policy = replace(policy, head_start_seconds=0.1 * policy.deadline_seconds)
+    replay = replay_of(make_trace([0.0], [(arrived, 0)], 2), policy)
+    assert replay.executed_at.tolist() == [due + 20.0]
+
+
 def test_a_deadline_that_cannot_be_met_is_counted() -> None:
     trace = make_trace([0.0], [(0.0, shard) for shard in range(10)], 10)
     policy = make_policy("deadline-clean", deadline_hours=100 / 3600)
