@@ -6,6 +6,7 @@ from llm_unlearn.cli.application import app
 # In the order in which the help shows them.
 # isort: off
 from llm_unlearn.cli import runs
+from llm_unlearn.cli import simulating
 from llm_unlearn.cli import deleting
 from llm_unlearn.cli import certificates
 from llm_unlearn.cli import copying
@@ -24,6 +25,7 @@ __all__ = [
     "publishing",
     "reporting",
     "runs",
+    "simulating",
 ]
 
 
