@@ -7,9 +7,9 @@ prompt decides who answers (`selection.py`). On a permanent core, the core answe
 rules are constants, so the ensemble is a function of what is served only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llm_unlearn.data.partition import PartitionKey
 from llm_unlearn.exact.keys import Keys, middle
-from llm_unlearn.exact.library import CAPACITY, Library
+from llm_unlearn.exact.library import CAPACITY, MERGED, Library
 from llm_unlearn.exact.mixing import Mixing
 from llm_unlearn.exact.routing import BASE, Routing
 from llm_unlearn.exact.selection import (
@@ -31,11 +31,26 @@ from llm_unlearn.exact.selection import (
     candidates,
     choose,
     everybody,
+    is_choice_close,
 )
 from llm_unlearn.exact.store import KEYS_NAME
 from llm_unlearn.exact.words import Words, asked_in
 
 TOKENS_READ_AT_ONCE = 4096
+CLOSE = 1e-3  # nats a token; batches of other sizes move them by some 1e-5 in float32
+
+
+class Decision(NamedTuple):
+    """Who answers a prompt, and what that stands on.
+
+    Attributes:
+        is_close: rounding could change it, in another batch.
+        nearest: with `nearest`, the shards whose keys decide, left or not.
+    """
+
+    choices: list[Choice]
+    is_close: bool = False
+    nearest: tuple[int, ...] = ()
 
 
 class ShardEnsemble(PreTrainedModel, GenerationMixin):
@@ -105,16 +120,33 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         """
         rule = rule or Rule()
         library = Library(base, served, capacity if rule.routes_prompts else None)
-        words, keys, run = None, None, Path(served).parent
+        keys, run = None, Path(served).parent
         if rule.aggregate == "nearest":
             keys = Keys.load((run / KEYS_NAME).read_bytes())
-        elif rule.routes_prompts and tokenizer is not None and (run / "secret.key").is_file():
-            indexes = library.words()
-            if indexes is not None:
-                key = PartitionKey((run / "secret.key").read_bytes())
-                words = Words(indexes, key, tokenizer)
+        words = _words(library, rule, run, tokenizer)
         names = [library.merge()] if rule.aggregate == "merge" else library.names
         return cls(library.model, names, rule, library, words, keys, library.nobody).eval()
+
+    def update(self, withdrawn: Collection[str] = ()) -> None:
+        """Follow what the run serves now, without loading the base model again.
+
+        What is not served any more is overwritten with zeros in memory; nobody may be generating.
+
+        Args:
+            withdrawn: adapters that nobody may read, though they are still served.
+        """
+        assert self.library is not None
+        self.mixing.forget()
+        if self.rule.aggregate == "merge" and self.adapters == [MERGED]:
+            self.library.unmerge()
+        self.library.update(withdrawn)
+        self.nobody = self.library.nobody
+        if self.words is not None:
+            run = self.library.served.parent
+            self.words = _words(self.library, self.rule, run, self.words.tokenizer)
+        is_merged = self.rule.aggregate == "merge"
+        self.adapters = [self.library.merge()] if is_merged else self.library.names
+        self.mixing.cover(self.model)
 
     @property
     def num_shards(self) -> int:
@@ -215,8 +247,19 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             prompt_lengths: (B,), how many tokens of a row are its prompt; default: all.
             asked: as in `generate`.
         """
+        decisions = self.decide(input_ids, attention_mask, prompt_lengths, asked)
+        return [decision.choices for decision in decisions]
+
+    def decide(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        prompt_lengths: torch.Tensor | None = None,
+        asked: list[str] | None = None,
+    ) -> list[Decision]:
+        """As `choose`, and what each choice stands on."""
         if not self.routes_prompts:
-            return [everybody(self.num_shards)] * len(input_ids)
+            return [Decision(everybody(self.num_shards))] * len(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         counted = mask.bool()
         if prompt_lengths is not None:
@@ -225,25 +268,27 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             return self._nearest(input_ids, mask, counted)
         found = self._candidates(input_ids, counted, asked)
         scores = self._read(input_ids, mask, counted, found)
-        chosen = []
+        decisions = []
         for row, (shards, is_sure) in enumerate(found):
             if is_sure and len(shards) == 1:
-                chosen.append([Choice(shards[0], 1.0)])
+                decisions.append(Decision([Choice(shards[0], 1.0)]))
             elif not shards:
-                chosen.append(TO_BASE)
+                decisions.append(Decision(TO_BASE))
             else:
                 own = [
                     scores.get((row, shard), Score(NOTHING, NOTHING))
                     for shard in range(self.num_shards)
                 ]
-                base = scores.get((row, None), Score(NOTHING, NOTHING))
-                chosen.append(choose(own, base.mean, self.rule, found[row] if self.words else None))
-        return chosen
+                base = scores.get((row, None), Score(NOTHING, NOTHING)).mean
+                choices = choose(own, base, self.rule, found[row] if self.words else None)
+                is_close = is_choice_close(own, base, self.rule, found[row], CLOSE)
+                decisions.append(Decision(choices, is_close))
+        return decisions
 
     @torch.no_grad()
     def _nearest(
         self, input_ids: torch.Tensor, mask: torch.Tensor, counted: torch.Tensor
-    ) -> list[list[Choice]]:
+    ) -> list[Decision]:
         """Those whose keys each prompt resembles, as far as they are left, else the base model."""
         assert self.keys is not None
         everybody_base = Routing.pairs(range(len(input_ids)), [BASE] * len(input_ids))
@@ -251,11 +296,13 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         output = self._ask(
             everybody_base, input_ids, mask, options | {"output_hidden_states": True}
         )
-        chosen = []
+        decisions = []
         for vector in middle(output.hidden_states, counted).cpu().numpy():
-            left = [d for d in self.keys.nearest(vector) if self.adapters[d] != self.nobody]
-            chosen.append([Choice(shard, 1 / len(left)) for shard in left] or TO_BASE)
-        return chosen
+            nearest = self.keys.nearest(vector)
+            left = [d for d in nearest if self.adapters[d] != self.nobody]
+            choices = [Choice(shard, 1 / len(left)) for shard in left] or TO_BASE
+            decisions.append(Decision(choices, nearest=tuple(nearest)))
+        return decisions
 
     def _candidates(
         self, input_ids: torch.Tensor, counted: torch.Tensor, asked: list[str] | None
@@ -330,15 +377,23 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             else value
             for name, value in options.items()
         }
-        names = routing.names
-        if self.library is not None:
-            names = self.library.require(names)
+        names = self.slots_of(routing.names)
         with self.mixing.batch(names, input_ids.device):
             return self.model(
                 input_ids=routing.spread(input_ids),
                 attention_mask=None if mask is None else routing.spread(mask),
                 **given,
             )
+
+    def slots_of(self, names: list[str]) -> list[str]:
+        """By which names the model knows some adapters, which are loaded if they have to be."""
+        if self.library is None:
+            return names
+        before = self.library.loads
+        slots = self.library.require(names)
+        if self.library.loads != before:
+            self.mixing.cover(self.model)
+        return slots
 
     @torch.no_grad()
     def vote(
@@ -372,6 +427,17 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+
+def _words(library: Library, rule: Rule, run: Path, tokenizer: Any) -> Words | None:
+    """Whose words are whose, in a run whose key is at hand."""
+    is_asked = rule.routes_prompts and rule.aggregate != "nearest" and tokenizer is not None
+    if not is_asked or not (run / "secret.key").is_file():
+        return None
+    indexes = library.words()
+    if indexes is None:
+        return None
+    return Words(indexes, PartitionKey((run / "secret.key").read_bytes()), tokenizer)
 
 
 def positions(attention_mask_BT: torch.Tensor) -> torch.Tensor:

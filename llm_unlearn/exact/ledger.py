@@ -265,8 +265,9 @@ class Ledger:
         with self.database.reading() as connection:
             return set(connection.execute(sql.select(tombstones.c.pseudonym)).scalars())
 
-    def events(self, kind: str | None = None) -> list[Event]:
-        query = sql.select(events).order_by(events.c.sequence)
+    def events(self, kind: str | None = None, since: int = 0) -> list[Event]:
+        """The entries of the chain, of all kinds or one, from a number of entries on."""
+        query = sql.select(events).order_by(events.c.sequence).where(events.c.sequence >= since)
         if kind is not None:
             query = query.where(events.c.kind == kind)
         with self.database.reading() as connection:
@@ -280,6 +281,12 @@ class Ledger:
         """How many entries the chain has."""
         with self.database.reading() as connection:
             return connection.execute(sql.select(sql.func.count()).select_from(events)).scalar_one()
+
+    def epoch(self) -> int:
+        """How many entries the chain has, by its last one: quick, however long it is."""
+        with self.database.reading() as connection:
+            last = connection.execute(sql.select(sql.func.max(events.c.sequence))).scalar()
+        return 0 if last is None else last + 1
 
     def check_chain(self) -> list[str]:
         """What is wrong with the ledger, one line each; empty if every cell of it is as it was written."""

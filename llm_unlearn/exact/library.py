@@ -2,23 +2,29 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
 from llm_unlearn.errors import UserError
-from llm_unlearn.exact.adapters import CONFIG_NAME
+from llm_unlearn.exact.adapters import CONFIG_NAME, Tensors
+from llm_unlearn.exact.mixing import PARTS
 from llm_unlearn.exact.routing import BASE
 from llm_unlearn.exact.served import depth_of, read_lineage, words_path
 from llm_unlearn.exact.trie import CORE_STAGE
 
 CAPACITY = 64
 MERGED = "merged"
+
+
+class ServedChangedError(OSError):
+    """Somebody changed what is served: `update`, and ask again."""
 
 
 class Library:
@@ -32,39 +38,98 @@ class Library:
     Attributes:
         nobody: who answers for nobody: `__base__`, or the adapter of the permanent core.
         names: of every shard's adapter; `nobody` where nothing is left of it.
+        contents: by the name of a loaded adapter, the digest of what is loaded.
+        loads: how often layers may have been added to the model.
 
     Raises:
         UserError: nothing is served there.
     """
 
     def __init__(self, base: PreTrainedModel, served: str | Path, capacity: int | None = CAPACITY):
-        self.directories = {
-            path.name: path
-            for path in sorted(Path(served).glob("shard-*"), key=lambda p: int(p.name[6:]))
-        }
+        self.served = Path(served)
+        self._room = capacity
+        self._indexes: dict[str, list[dict]] = {}
+        alive = self._read()
         if not self.directories:
             raise UserError(
                 f"{served} holds no served adapter: train the run first (where every subject has a shard "
                 "of its own, there is none when all are deleted)"
             )
-        self.lineages = {name: read_lineage(path) for name, path in self.directories.items()}
-        core = Path(served) / "core"
-        self.nobody = core.name if core.is_dir() else BASE
-        self.names = [
-            name if depth_of(lineage) else self.nobody for name, lineage in self.lineages.items()
-        ]
-        alive = [name for name in self.names if name != self.nobody]
-        self.capacity = len(alive) if capacity is None else capacity
         # PEFT needs an adapter to begin with; where nothing is left, one of zeros does no harm.
         first = alive[0] if alive else next(iter(self.directories))
         # Slots by the adapter that is in them, the one used last at the end.
-        self.slots = {first: _slot(0)}
+        self.slots: dict[str, str] = {}
+        self.contents: dict[str, str | None] = {}
+        self._configs: dict[str, Any] = {}  # by slot
+        self.spare: dict[str, Any] = {}  # slots of zeros, with the configuration they have
+        self._hold(first, _slot(0))
+        self.loads = 1
         self.model = PeftModel.from_pretrained(
             base, str(self.directories[first]), adapter_name=_slot(0)
         ).eval()
         if self.nobody != BASE:
-            self.model.load_adapter(str(core), adapter_name=self.nobody)
+            self.model.load_adapter(str(self.served / self.nobody), adapter_name=self.nobody)
         self.require(alive[: self.capacity])
+
+    def _read(self, withdrawn: Collection[str] = ()) -> list[str]:
+        """Look what is served; returns whose adapters are not those of nobody."""
+        self.directories = {
+            path.name: path
+            for path in sorted(self.served.glob("shard-*"), key=lambda p: int(p.name[6:]))
+        }
+        self.lineages = {name: read_lineage(path) for name, path in self.directories.items()}
+        core = self.served / "core"
+        self.nobody = core.name if core.is_dir() else BASE
+        self.names = [
+            name if depth_of(lineage) and name not in withdrawn else self.nobody
+            for name, lineage in self.lineages.items()
+        ]
+        alive = [name for name in self.names if name != self.nobody]
+        self.capacity = len(alive) if self._room is None else self._room
+        return alive
+
+    def _digest(self, name: str) -> str | None:
+        return (self.lineages.get(name) or {}).get("digest")
+
+    def update(self, withdrawn: Collection[str] = ()) -> None:
+        """Follow what is served now: what is loaded and not served any more becomes zeros.
+
+        Args:
+            withdrawn: adapters that nobody may read, though they are still served.
+        """
+        self._read(withdrawn)
+        for name in list(self.slots):
+            if name not in self.names or self._digest(name) != self.contents[name]:
+                self.withdraw(name)
+        current = {f"{name} {self._digest(name)}" for name in self.names}
+        self._indexes = {known: held for known, held in self._indexes.items() if known in current}
+
+    def withdraw(self, name: str) -> None:
+        """Overwrite a loaded adapter with zeros. Its slot takes the next one."""
+        slot = self.slots.pop(name)
+        del self.contents[name]
+        for layer in self._layers(slot):
+            for part in PARTS:
+                getattr(layer, part)[slot].weight.data.zero_()
+        self.spare[slot] = self._configs.pop(slot)
+
+    def _layers(self, slot: str) -> list[LoraLayer]:
+        layers = (layer for layer in self.model.modules() if isinstance(layer, LoraLayer))
+        return [layer for layer in layers if slot in layer.lora_A]
+
+    def tensors(self, name: str) -> Tensors:
+        """A loaded adapter's factors as they are in memory, named as in its file."""
+        slot = self.slots.get(name, name)  # the core and the merged adapter have names of their own
+        return {
+            f"{module}.{part}.weight": getattr(layer, part)[slot]
+            .weight.detach()
+            .float()
+            .cpu()
+            .numpy()
+            for module, layer in self.model.named_modules()
+            if isinstance(layer, LoraLayer) and slot in layer.lora_A
+            for part in PARTS
+        }
 
     def require(self, names: Sequence[str]) -> list[str]:
         """Load what is missing in the place of what was not used for longest.
@@ -83,22 +148,29 @@ class Library:
 
     def _load(self, name: str, wanted: Iterable[str]) -> None:
         unused = next((other for other in self.slots if other not in set(wanted)), None)
-        if unused is None or len(self.slots) < self.capacity:
-            taken = set(self.slots.values())
+        if unused is not None and len(self.slots) >= self.capacity:
+            self.withdraw(unused)
+        directory, config = str(self.directories[name]), self._config(name)
+        slot = next((slot for slot, held in self.spare.items() if held == config), None)
+        if slot is not None:
+            del self.spare[slot]
+            hotswap_adapter(self.model, directory, adapter_name=slot)
+        else:
+            taken = {*self.slots.values(), *self.spare}
             slot = next(s for s in map(_slot, range(len(taken) + 1)) if s not in taken)
-            self.model.load_adapter(str(self.directories[name]), adapter_name=slot)
-        else:
-            slot = self.slots.pop(unused)
-            self._swap(slot, unused, name)
-        self.slots[name] = slot
+            self.model.load_adapter(directory, adapter_name=slot)
+            self.loads += 1
+            for old in self.spare:  # after the new one: PEFT does not do without any
+                self.model.delete_adapter(old)
+            self.spare = {}
+        self._hold(name, slot)
+        if (read_lineage(self.directories[name]) or {}).get("digest") != self.contents[name]:
+            self.withdraw(name)
+            raise ServedChangedError(f"what is served as {name} changed while it was loaded")
 
-    def _swap(self, slot: str, old: str, new: str) -> None:
-        """Put an adapter in the place of another: in place where their shapes agree."""
-        if self._config(old) == self._config(new):
-            hotswap_adapter(self.model, str(self.directories[new]), adapter_name=slot)
-        else:
-            self.model.delete_adapter(slot)
-            self.model.load_adapter(str(self.directories[new]), adapter_name=slot)
+    def _hold(self, name: str, slot: str) -> None:
+        self.slots[name], self.contents[name] = slot, self._digest(name)
+        self._configs[slot] = self._config(name)
 
     def _config(self, name: str) -> Any:
         return json.loads((self.directories[name] / CONFIG_NAME).read_bytes())
@@ -106,13 +178,17 @@ class Library:
     def words(self) -> list[list[dict]] | None:
         """For every shard the indexes of the nodes that it serves; None if one has none."""
         shards = []
-        for name, lineage in self.lineages.items():
-            nodes = lineage["nodes"] if lineage else []
-            stages = [node["stage"] for node in nodes if node["stage"] != CORE_STAGE]
-            paths = [words_path(self.directories[name], stage) for stage in stages]
-            if not all(path.is_file() for path in paths):
-                return None
-            shards.append([load_file(path) for path in paths])
+        for name, served in zip(self.lineages, self.names, strict=True):
+            known = f"{name} {self._digest(name)}"
+            if known not in self._indexes:
+                lineage = self.lineages[name] if served == name else None
+                nodes = lineage["nodes"] if lineage else []
+                stages = [node["stage"] for node in nodes if node["stage"] != CORE_STAGE]
+                paths = [words_path(self.directories[name], stage) for stage in stages]
+                if not all(path.is_file() for path in paths):
+                    return None
+                self._indexes[known] = [load_file(path) for path in paths]
+            shards.append(self._indexes[known])
         return shards
 
     def merge(self) -> str:
@@ -126,8 +202,20 @@ class Library:
         self.model.set_adapter(MERGED)
         for slot in set(slots) - {self.nobody}:
             self.model.delete_adapter(slot)
-        self.slots = {}
+        self.slots, self.contents = {}, {}
         return MERGED
+
+    def unmerge(self) -> None:
+        """Overwrite the merged adapter with zeros and take it out, so that `merge` can be called again."""
+        for layer in self._layers(MERGED):
+            for part in PARTS:
+                getattr(layer, part)[MERGED].weight.data.zero_()
+        first = next(iter(self.directories))
+        self.model.load_adapter(str(self.directories[first]), adapter_name=_slot(0))
+        self._hold(first, _slot(0))
+        self.model.set_adapter(_slot(0))
+        self.model.delete_adapter(MERGED)
+        self.loads += 1
 
 
 def _slot(number: int) -> str:

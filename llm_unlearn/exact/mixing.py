@@ -68,9 +68,21 @@ class Mixing:
         self.rows: Rows | None = None
         self._is_generating = False
         self._kept: Rows | None = None
+        self.cover(model)
+
+    def cover(self, model: PeftModel) -> None:
+        """Take over layers that got an adapter since."""
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 _take_over(layer, self)
+
+    def forget(self) -> None:
+        """Overwrite what was put side by side, of adapters that may be withdrawn."""
+        if self._kept is not None:
+            for factors in self._kept.factors.values():
+                factors.down.zero_()
+                factors.up.zero_()
+        self._kept = None
 
     @contextmanager
     def batch(self, names: Sequence[str], device: torch.device) -> Iterator[None]:

@@ -133,15 +133,20 @@ def _utility(policy: Policy) -> float | None:
 
 
 def rebuild_in_background(run: RunDirectory) -> Path:
-    """Start `llm-unlearn rebuild` in a process of its own, at low priority; returns its log.
+    """As `start_rebuild`; returns the log."""
+    start_rebuild(run)
+    return run.path / LOG_NAME
+
+
+def start_rebuild(run: RunDirectory) -> subprocess.Popen[bytes]:
+    """Start `llm-unlearn rebuild` in a process of its own, at low priority, with a log in the run.
 
     If a training is going on, the new process ends at once and says so in the log; the one that is
     there goes on with what the deletion took.
     """
-    log = run.path / LOG_NAME
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor = os.open(run.path / LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "llm_unlearn", "rebuild", str(run.path.resolve())],
             stdin=subprocess.DEVNULL,
             stdout=descriptor,
@@ -151,7 +156,6 @@ def rebuild_in_background(run: RunDirectory) -> Path:
         )
     finally:
         os.close(descriptor)
-    return log
 
 
 def _lower_priority() -> None:

@@ -126,6 +126,32 @@ def choose(
     return [Choice(ranked[0][1], 1.0)] if is_sure else TO_BASE
 
 
+def is_choice_close(
+    scores: Sequence[Score], base: float, rule: Rule, found: Candidates, tolerance: float
+) -> bool:
+    """Could rounding change what `selection.choose` decides by likelihood?
+
+    Candidates read the prompt in a batch, whose composition decides the last bits: a comparison that holds by less
+    than the tolerance is not certified.
+
+    Args:
+        scores, base, found: as for `choose`.
+        tolerance: nats.
+    """
+    ranked = sorted((score for score in scores if score.mean > NOTHING), reverse=True)
+    if not ranked:
+        return False
+    means = [score.mean for score in ranked] + [base] * 2
+    first = means[0] - max(means[1], base)
+    second = means[1] - max(means[2], base)
+    gaps = [first - rule.margin, means[0] - means[1]]
+    if rule.aggregate == "mixture":
+        gaps += [second - rule.margin, means[1] - means[2]]
+    if rule.floor is not None and not found.is_sure:
+        gaps.append(ranked[0].lowest - rule.floor)
+    return any(abs(gap) <= tolerance for gap in gaps)
+
+
 def _is_at_home(score: Score, shard: int, rule: Rule, found: Candidates | None) -> bool:
     """Is the adapter that likes a prompt best the one whose words it has, and not surprised?"""
     agrees = found is None or shard in found.shards[: 1 if rule.aggregate == "select" else 2]

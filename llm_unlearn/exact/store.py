@@ -48,7 +48,7 @@ OWN_ENTRIES = (
     "run.json", "secret.key", KEYS_NAME, "ledger.sqlite", "ledger.sqlite-journal", "ledger.url", "ledger.head",
     "ledger.head.part", "ledger.lock", "records", "nodes",
     SETTINGS_NAME, KEY_FILE_NAME,
-    "served", "generations", "cache", "trainer", "certificates", "signing.key", "signing.pub", "policy.toml",
+    "served", "generations", "cache", "trainer", "certificates", "signing.key", "signing.pub", "policy.toml", "serving",
     "rebuild.log", "state.lock", "train.lock", "export.lock",
 )  # fmt: skip
 

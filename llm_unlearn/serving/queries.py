@@ -26,6 +26,8 @@ class Query:
         stop: texts that end the answer, and are not part of it.
         labels: the answers to choose from; none: a text is generated.
         adapter: name of one served adapter that answers alone; None: the ensemble.
+        is_streamed: pieces are given out as they come. What was given out cannot be taken back: where
+            a deletion reaches it the answer ends as `withdrawn`, where others begin again.
     """
 
     id: str
@@ -38,6 +40,7 @@ class Query:
     stop: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     adapter: str | None = None
+    is_streamed: bool = False
 
 
 @dataclass(frozen=True)

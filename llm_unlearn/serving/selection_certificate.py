@@ -52,7 +52,7 @@ from numpy.typing import NDArray
 from llm_unlearn.data.partition import PartitionKey, SliceName
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import RunError
-from llm_unlearn.exact.selection import DOUBT, NOTHING, Candidates, Rule, Score, candidates
+from llm_unlearn.exact.selection import DOUBT, Candidates, Rule, candidates
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.exact.words import STRANGER, Index, Words, coverage, index_records, lead
 
@@ -224,29 +224,3 @@ def certify_nearest(
     """
     unaffected = [shard for shard in nearest if shard in alive and shard not in affected]
     return Nearest(unaffected, sum(shard in affected for shard in nearest))
-
-
-def is_choice_close(
-    scores: Sequence[Score], base: float, rule: Rule, found: Candidates, tolerance: float
-) -> bool:
-    """Could rounding change what `selection.choose` decides by likelihood?
-
-    Candidates read the prompt in a batch, whose composition decides the last bits: a comparison that holds by less
-    than the tolerance is not certified.
-
-    Args:
-        scores, base, found: as for `choose`.
-        tolerance: nats.
-    """
-    ranked = sorted((score for score in scores if score.mean > NOTHING), reverse=True)
-    if not ranked:
-        return False
-    means = [score.mean for score in ranked] + [base] * 2
-    first = means[0] - max(means[1], base)
-    second = means[1] - max(means[2], base)
-    gaps = [first - rule.margin, means[0] - means[1]]
-    if rule.aggregate == "mixture":
-        gaps += [second - rule.margin, means[1] - means[2]]
-    if rule.floor is not None and not found.is_sure:
-        gaps.append(ranked[0].lowest - rule.floor)
-    return any(abs(gap) <= tolerance for gap in gaps)

@@ -21,7 +21,15 @@ from llm_unlearn.exact import deletion
 from llm_unlearn.exact.asks import Ask
 from llm_unlearn.exact.base_model import load_base
 from llm_unlearn.exact.ledger import Request, Target
-from llm_unlearn.exact.selection import NOTHING, Candidates, Rule, Score, candidates, choose
+from llm_unlearn.exact.selection import (
+    NOTHING,
+    Candidates,
+    Rule,
+    Score,
+    candidates,
+    choose,
+    is_choice_close,
+)
 from llm_unlearn.exact.settling import settle
 from llm_unlearn.exact.words import Words, coverage, index_records, lead
 from llm_unlearn.serving.selection_certificate import (
@@ -29,7 +37,6 @@ from llm_unlearn.serving.selection_certificate import (
     Nearest,
     certify_candidates,
     certify_nearest,
-    is_choice_close,
     leads,
     retained_indexes,
 )
