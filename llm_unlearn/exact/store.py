@@ -49,7 +49,7 @@ OWN_ENTRIES = (
     "ledger.head.part", "ledger.lock", "records", "nodes",
     SETTINGS_NAME, KEY_FILE_NAME,
     "served", "generations", "cache", "trainer", "certificates", "signing.key", "signing.pub", "policy.toml",
-    "rebuild.log", "state.lock", "train.lock", "export.lock",
+    "rebuild.log", "serving", "state.lock", "train.lock", "export.lock",
 )  # fmt: skip
 
 
