@@ -136,7 +136,7 @@ def test_exports_answer_as_what_is_served(tmp_path: Path, case: str) -> None:
     ready = export(run.directory, "gguf-ready", tmp_path / "ready")
     assert_same(logits_of(load(ready.place)), served, base)
     several = export(run.directory, "vllm", tmp_path / "several")
-    (adapter,) = [name for name in several.adapters if name.startswith("shard-0-")]
+    (adapter,) = [name for name in several.adapters if name.startswith("shard-0@")]
     for place in (several.place / adapter, *(ready.place / name for name in ready.adapters)):
         assert_same(logits_of(PeftModel.from_pretrained(base_of(run), str(place))), served, base)
     assert ready.adapters == ([] if case == "gpt2" else ["lora"])
@@ -300,7 +300,7 @@ def test_shards_that_answer_as_one_are_merged(tmp_path: Path, tiny_base: Path, c
     assert "It answers as the run does." in (done.place / "README.md").read_text()
     adapters = export(run.directory, "vllm", tmp_path / "several")
     (name,) = adapters.adapters
-    assert name.startswith("merged-")
+    assert name.startswith("merged@")
     loaded = PeftModel.from_pretrained(base_of(run), str(adapters.place / name))
     assert_same(torch.log_softmax(logits_of(loaded), -1), expected, base)
 
@@ -328,7 +328,7 @@ def test_nothing_left_is_nothing_to_export(run: RunDirectory, tmp_path: Path) ->
     ):
         export(run, "merged", tmp_path / "out", shard=0)
     done = export(run, "vllm", tmp_path / "out")
-    assert [name.rsplit("-", 1)[0] for name in done.adapters] == ["shard-1"]
+    assert [name.split("@")[0] for name in done.adapters] == ["shard-1"]
     S3TRun(run).delete([f"person {n}" for n in range(12) if f"person {n}" not in everybody])
     with pytest.raises(UserError, match="nothing is left of any shard"):
         export(run, "vllm", tmp_path / "other")
@@ -344,16 +344,16 @@ def test_adapters_for_vllm_are_named_by_their_content(run: RunDirectory, tmp_pat
     first = export(run, "vllm", tmp_path / "first")
     for name in first.adapters:
         adapter = Adapter.read(first.place / name)
-        assert name.endswith(f"-{adapter.digest[:12]}")
+        assert name.endswith(f"@{adapter.digest[:12]}")
         assert read_lineage(first.place / name)["digest"] == adapter.digest  # pyright: ignore
-        served = read_lineage(run.served / name.rsplit("-", 1)[0])
+        served = read_lineage(run.served / name.split("@")[0])
         assert adapter.digest == served["digest"], "nothing had to be changed"  # pyright: ignore
         assert sorted(p.name for p in (first.place / name).iterdir()) == [
             CONFIG_NAME,
             WEIGHTS_NAME,
             LINEAGE_NAME,
         ]
-    hit = f"shard-{run.slices.place('person 3').shard}-"
+    hit = f"shard-{run.slices.place('person 3').shard}@"
     S3TRun(run).delete(["person 3"])
     second = export(run, "vllm", tmp_path / "second")
     changed = [b for a, b in zip(first.adapters, second.adapters, strict=True) if a != b]

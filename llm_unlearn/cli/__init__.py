@@ -13,6 +13,7 @@ from llm_unlearn.cli import copying
 from llm_unlearn.cli import reporting
 from llm_unlearn.cli import publishing
 from llm_unlearn.cli import evaluations
+from llm_unlearn.cli import probing
 # isort: on
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "deleting",
     "evaluations",
     "main",
+    "probing",
     "publishing",
     "reporting",
     "runs",

@@ -5,6 +5,7 @@ LoRA factors are float32 and named as PEFT names them.
 """
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 PREFIX = "base_model.model."
+NAME = re.compile(r"(shard-\d+|core|merged)@([0-9a-f]{12,64})")
+"""What an adapter is called where it is served, so that another content has another name."""
+DIGITS_IN_NAME = 12
 
 Tensors = dict[str, np.ndarray]
 
@@ -137,3 +141,18 @@ def adapter_config(tensors: Tensors, lora: LoraSettings, shape: ModelShape) -> d
 def served_digest(tensors_file: bytes, config: dict[str, Any]) -> str:
     """What identifies a served adapter: its weights and the configuration that scales them."""
     return hashlib.sha256(hashlib.sha256(tensors_file).digest() + canonical(config)).hexdigest()
+
+
+def adapter_name(member: str, digest: str) -> str:
+    """What an adapter is called where it is served: caches are kept by name, and none outlives its content.
+
+    Args:
+        member: `shard-3`, `core` or `merged`.
+        digest: what identifies it (`served_digest`).
+    """
+    return f"{member}@{digest[:DIGITS_IN_NAME]}"
+
+
+def tensors_digest(tensors: Tensors) -> str:
+    """SHA-256 of some tensors as the file that `to_bytes` makes of them, wherever they are."""
+    return hashlib.sha256(to_bytes(tensors)).hexdigest()

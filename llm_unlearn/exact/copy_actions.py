@@ -54,10 +54,13 @@ def declare_gone(run: RunDirectory, identity: str) -> None:
     mark_gone(run, identity, DECLARED)
 
 
-def delete_export(run: RunDirectory, identity: str) -> Path:
+def delete_export(run: RunDirectory, identity: str, even_current: bool = False) -> Path:
     """Remove a stale export, or what a crash left of one, and note that it is gone.
 
     Only a directory that says in its lineage that it is this copy, and holds nothing else.
+
+    Args:
+        even_current: remove it although nothing deleted is in it.
 
     Returns:
         Where it was.
@@ -74,7 +77,7 @@ def delete_export(run: RunDirectory, identity: str) -> Path:
     if not copy.is_half_written and not os.path.lexists(place):
         raise UserError(f"{place} is not there any more: nothing was deleted")
     if os.path.lexists(place):
-        if copy.gone is None and not copy.is_stale(run.wanted()):
+        if copy.gone is None and not even_current and not copy.is_stale(run.wanted()):
             raise UserError(
                 f"copy {identity} is current, nothing deleted is in it: remove {place} yourself if you mean it"
             )

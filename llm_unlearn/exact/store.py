@@ -48,8 +48,8 @@ OWN_ENTRIES = (
     "run.json", "secret.key", KEYS_NAME, "ledger.sqlite", "ledger.sqlite-journal", "ledger.url", "ledger.head",
     "ledger.head.part", "ledger.lock", "records", "nodes",
     SETTINGS_NAME, KEY_FILE_NAME,
-    "served", "generations", "cache", "trainer", "certificates", "signing.key", "signing.pub", "policy.toml", "serving",
-    "rebuild.log", "state.lock", "train.lock", "export.lock",
+    "served", "generations", "cache", "trainer", "certificates", "signing.key", "signing.pub", "policy.toml",
+    "rebuild.log", "serving", "state.lock", "train.lock", "export.lock",
 )  # fmt: skip
 
 

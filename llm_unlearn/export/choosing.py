@@ -64,6 +64,16 @@ def choose(run: RunDirectory, shard: int | None, as_one: bool) -> list[Part]:
     )
 
 
+def is_empty(run: RunDirectory) -> bool:
+    """Is nothing left of anybody, so that the base model answers alone?
+
+    Raises:
+        UserError: nothing is served yet.
+    """
+    served = Served(run)
+    return all(served.part(member) is None for member in run.members)
+
+
 class Served:
     """What is served at one moment: `served` may point elsewhere a moment later."""
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from llm_unlearn import files
 from llm_unlearn.errors import RunError, UserError
-from llm_unlearn.exact.adapters import file_digest
+from llm_unlearn.exact.adapters import adapter_name, file_digest
 from llm_unlearn.exact.copies import Copy, mark_gone, register
 from llm_unlearn.exact.copy_actions import UNFINISHED, exporting, remove_unfinished
 from llm_unlearn.exact.served import LINEAGE_NAME
@@ -49,6 +49,7 @@ def export(
     output: str | Path,
     shard: int | None = None,
     say: Say | None = None,
+    part: str | None = None,
 ) -> Export:
     """Write what a serving stack loads into a new directory, and register it as a copy of the run.
 
@@ -58,6 +59,7 @@ def export(
         shard: only this one; by default all, which `merged` and `gguf-ready` can only do where the run
             has one shard or answers by `merge`.
         say: told what is being done.
+        part: of what would be exported, only the adapter of this name (`Part.name`).
 
     Raises:
         UserError: `output` is taken or within the run, or the run does not answer as one model does.
@@ -72,6 +74,8 @@ def export(
         with run.changing("exporting from it"):
             settle(run)
             parts = choose(run, shard, as_one=kind != "vllm")
+            if part is not None and not (parts := [held for held in parts if held.name == part]):
+                raise RunError(f"{part} of {run.path} is not served any more: nothing was exported")
             nodes = [key for part in parts for key in part.nodes]
             copy = register(run, kind, str(place), nodes=nodes, is_local=True)
         try:
@@ -159,7 +163,7 @@ def _write_vllm(
         say(f"adapter {number} of {len(parts)}")
         adapter = part.read()
         highest = max(highest, adapter.rank)
-        name = f"{part.name}-{adapter.digest[:12]}"
+        name = adapter_name(part.name, adapter.digest)
         _write_adapter(adapter, part, copy.half_written / name)
         modules.append({"name": name, "path": str(Path(copy.place, name))})
     rank = next((rank for rank in RANKS if rank >= highest), None)
