@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llm_unlearn.data.partition import CORE
-from llm_unlearn.exact.adapters import to_bytes
+from llm_unlearn.exact.adapters import adapter_name, tensors_digest
 from llm_unlearn.exact.ensemble import ShardEnsemble
 from llm_unlearn.exact.ledger import Request
 from llm_unlearn.exact.library import MERGED
@@ -25,8 +25,6 @@ from llm_unlearn.serving.selection_certificate import IndexBounds, retained_inde
 
 CHANGING = ("request", "deleted", "served")
 """Kinds of entries after which something else is to be served."""
-
-SHOWN = 12  # characters of a digest in an adapter's name
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Adapter:
     @property
     def name(self) -> str:
         """Another content has another name, so that nothing kept under it can be taken for new."""
-        return f"{self.member}@{self.digest[:SHOWN]}"
+        return adapter_name(self.member, self.digest)
 
 
 class Memory:
@@ -191,7 +189,7 @@ class Memory:
     def merged_name(self) -> str:
         """Of the one adapter that all are merged into."""
         names = sorted(adapter.name for adapter in self.adapters.values())
-        return f"{MERGED}@{hashlib.sha256(' '.join(names).encode()).hexdigest()[:SHOWN]}"
+        return adapter_name(MERGED, hashlib.sha256(" ".join(names).encode()).hexdigest())
 
     def name_of(self, member: str) -> str:
         """The served name of what the ensemble calls a member; the base model has no other name."""
@@ -223,7 +221,7 @@ class Memory:
     def digests(self) -> dict[str, str]:
         """By name of a loaded adapter, the SHA-256 that a file of its tensors in memory would have."""
         return {
-            name: hashlib.sha256(to_bytes(self.library.tensors(member))).hexdigest()
+            name: tensors_digest(self.library.tensors(member))
             for name, member in self.loaded().items()
         }
 

@@ -11,16 +11,14 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from llm_unlearn import files
+from llm_unlearn.exact.ledger import Request
 from llm_unlearn.exact.store import RunDirectory
 
 FOLDER = "serving"
 BEAT_SECONDS = 2.0
-SILENT_SECONDS = 15.0
-
-State = Literal["acknowledged", "not served", "erased"]
+LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,6 @@ class Beat:
     epoch: int
 
     @property
-    def is_silent(self) -> bool:
-        return time.time() - self.beat > SILENT_SECONDS
-
-    @property
     def is_gone(self) -> bool:
         """Whether its process has ended, as far as that can be known from here."""
         if self.host != socket.gethostname():
@@ -57,11 +51,17 @@ class Beat:
 
 
 class Replicas:
-    """The servers of one run, and this process as one of them."""
+    """The servers of one run, and this process as one of them.
 
-    def __init__(self, run: RunDirectory):
+    Args:
+        name: of this one; by default a random one.
+    """
+
+    def __init__(self, run: RunDirectory, name: str | None = None):
         self.run = run
-        self.id = secrets.token_hex(4)
+        self.id = name or secrets.token_hex(4)
+        self._sequences: dict[str, int] = {}
+        self._followed: tuple[float, int | None] = (0.0, None)
         self.folder = run.path / FOLDER / "replicas"
 
     def beat(self, epoch: int) -> None:
@@ -99,22 +99,15 @@ class Replicas:
         """
         return min((beat.epoch for beat in self.beats()), default=None)
 
-    def states(self) -> dict[str, State]:
-        """How far every request has come, by its id.
-
-        `not served`: no server holds what it deletes, in memory or in an answer under way. `erased`: its files
-        are gone too.
-        """
-        followed = self.epoch()
-        reached = {
-            event.payload["request"]
-            for event in self.run.ledger.events("request")
-            if followed is None or event.sequence < followed
-        }
-        found: dict[str, State] = {}
-        for request in self.run.ledger.requests():
-            if request.id not in reached:
-                found[request.id] = "acknowledged"
-            else:
-                found[request.id] = "erased" if request.finished_at else "not served"
-        return found
+    def have_left(self, request: Request) -> bool:
+        """Whether no server holds what a request deletes, in memory or in an answer under way."""
+        moment, followed = self._followed
+        if time.monotonic() - moment > LOOK_SECONDS:
+            followed = self.epoch()
+            self._followed = (time.monotonic(), followed)
+        if followed is None:
+            return True
+        if request.id not in self._sequences:
+            events = self.run.ledger.events("request")
+            self._sequences = {event.payload["request"]: event.sequence for event in events}
+        return self._sequences[request.id] < followed

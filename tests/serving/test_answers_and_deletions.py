@@ -12,7 +12,7 @@ from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.serving.policy import make_policy
 from llm_unlearn.serving.queries import Answer
 from tests.exact.killing import CHANGES, in_child, kill_at
-from tests.serving.asking import NAMES, PROMPTS, ask, ask_all, generated, records_of_names, serving
+from tests.serving.engines import NAMES, PROMPTS, ask, ask_all, generated, records_of_names, serving
 from tests.tiny import load_tiny, make_run
 
 QUESTIONS = [

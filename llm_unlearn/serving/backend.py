@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact.base_model import load_base_of
@@ -19,12 +18,13 @@ MAX_BATCH = 64
 MAX_WAITING = 256
 
 
-class Service:
+class Backend:
     """What answers for one run in this process.
 
     Args:
         max_batch: rows in one forward pass.
         max_waiting: queries that wait; one more is refused.
+        name: of this server among the run's.
 
     Raises:
         UserError: nothing is served there, the base model cannot be loaded, or the policy's threshold
@@ -40,16 +40,17 @@ class Service:
         policy: Policy,
         max_batch: int = MAX_BATCH,
         max_waiting: int = MAX_WAITING,
+        name: str | None = None,
     ):
         run.settle()  # what a crash left acknowledged is carried out before anything is loaded
         directory = run.directory
-        self.run, self.policy = run, policy.for_shards(len(directory.shards))
+        self.run, self.policy = run, policy.for_shards(max(1, len(directory.shards)))
         model, self.tokenizer = load_base_of(directory)
         self.ensemble = ShardEnsemble.from_run(
             model, directory.served, directory.config.rule, self.tokenizer
         )
         memory = Memory(directory, self.ensemble, policy.is_unsafe)
-        self.replicas = Replicas(directory)
+        self.replicas = Replicas(directory, name)
         self._is_changed = threading.Event()
         self._is_closed = False
         self.scheduler = Scheduler(
@@ -84,14 +85,6 @@ class Service:
                 self.scheduler.problem = f"cannot write the heartbeat: {error}"
             self._is_changed.wait(BEAT_SECONDS)
             self._is_changed.clear()
-
-    def describe(self) -> dict[str, Any]:
-        """What an operator should know besides `engine.state()`."""
-        return {
-            "executions": self.scheduler.executions,
-            "is_executing": self.scheduler.is_executing,
-            "problem": self.scheduler.problem,
-        }
 
     def close(self) -> None:
         self._is_closed = True
