@@ -52,7 +52,7 @@ class Problem(Protocol):
     def put(self, weights_D: Tensor) -> None: ...
 
     def objection(self) -> str:
-        """Why the present weights must not be kept; empty where nothing is wrong with them."""
+        """The limit that the present weights are beyond; empty where nothing is wrong with them."""
         ...
 
 
@@ -111,6 +111,9 @@ class CubicNewton:
     def step(self) -> str:
         """Take one step, or find that none is to be taken.
 
+        A step that the problem objects to is made shorter. Where that happens twice in a row the limit
+        is near, and there is nothing more to gain.
+
         Returns:
             Why to stop; empty: go on.
         """
@@ -120,17 +123,22 @@ class CubicNewton:
         move = solver.move(self.weight)
         if self._is_stationary(move, local):
             return "stationary"
-        refused = 0
-        while why := self._objection(local, start_D, move):
+        refused, limit = 0, ""
+        while True:
+            why = self._refusal(local, start_D, move)
+            objected = "" if why else self.problem.objection()
+            limit = objected or limit
+            if not (why or objected):
+                was_limited = bool(self.history and self.history[-1]["limited"])
+                self._note(local, move, refused, bool(limit))
+                return limit if was_limited else ""
             self.problem.put(start_D)
             if not self.settings.adaptive or refused == MOST_REFUSALS:
-                self._note(local, None, refused)
-                return why
+                self._note(local, None, refused, bool(limit))
+                return why or objected
             refused += 1
             self.weight *= 4
             move = solver.move(self.weight)
-        self._note(local, move, refused)
-        return ""
 
     def _solver(self, local: Local) -> Solver:
         given, seed = self.settings, self.settings.seed + len(self.history)
@@ -144,15 +152,18 @@ class CubicNewton:
         return lanczos(local.product, local.gradient_D, start_D, given.inner)
 
     def _is_stationary(self, move: Move, local: Local) -> bool:
-        """Tripuraneni's test (arXiv 1711.02838, algorithm 1), if no direction bends down."""
+        """Tripuraneni's test (arXiv 1711.02838, algorithm 1). A small gradient is enough where the lowest
+        eigenvalue is known, and then no direction may bend down.
+        """
         epsilon = self.settings.epsilon
-        if move.lowest is not None and move.lowest < -math.sqrt(self.weight * epsilon):
-            return False
-        is_flat = float(local.gradient_D.norm()) <= epsilon
         gain = math.sqrt(epsilon**3 / self.weight) / 100
-        return is_flat or -move.predicted < max(gain, ROUNDING * abs(local.loss))
+        is_done = -move.predicted < max(gain, ROUNDING * abs(local.loss))
+        if move.lowest is None:
+            return is_done
+        is_flat = float(local.gradient_D.norm()) <= epsilon
+        return (is_flat or is_done) and move.lowest >= -math.sqrt(self.weight * epsilon)
 
-    def _objection(self, local: Local, start_D: Tensor, move: Move) -> str:
+    def _refusal(self, local: Local, start_D: Tensor, move: Move) -> str:
         """Go there, and say what is wrong with it."""
         if not float(move.delta_D.norm()) <= self.settings.longest:
             return "the step is too long: raise --cubic_weight"
@@ -162,9 +173,9 @@ class CubicNewton:
             return "the loss was no number: raise --cubic_weight"
         if self.settings.adaptive and not local.loss - after > -BAD * move.predicted:
             return "no step kept what the model of the loss promised"
-        return self.problem.objection()
+        return ""
 
-    def _note(self, local: Local, move: Move | None, refused: int) -> None:
+    def _note(self, local: Local, move: Move | None, refused: int, limited: bool) -> None:
         """Remember what was done (None: nothing), and set the weight of the next step."""
         change = local.present_loss() - local.loss if move else 0.0
         self.history.append(
@@ -178,6 +189,7 @@ class CubicNewton:
                 "step_norm": float(move.delta_D.norm()) if move else 0.0,
                 "lowest_eigenvalue": move.lowest if move else None,
                 "refused": refused,
+                "limited": limited,
                 "products": local.products,
             }
         )

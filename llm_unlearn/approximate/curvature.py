@@ -86,10 +86,13 @@ def pieces(vector_D: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def put(parameters: Sequence[nn.Parameter], vector_D: Tensor) -> None:
-    """Overwrite parameters in place."""
-    with torch.no_grad():
-        for parameter, piece in zip(parameters, pieces(vector_D, parameters), strict=True):
-            parameter.copy_(piece)
+    """Overwrite parameters in place.
+
+    Autograd does not hear of it: a graph that was kept is of the weights that were there when it was
+    built, and is right again once they are put back.
+    """
+    for parameter, piece in zip(parameters, pieces(vector_D, parameters), strict=True):
+        parameter.data.copy_(piece)
 
 
 class Curvature:

@@ -135,9 +135,9 @@ class NewtonProblem:
         self.present = self.standing()
         start = self.start
         if self.present.held_out - start.held_out > self.rows.most_rise * max(1.0, start.held_out):
-            return "every step made the loss of held-out retain rows rise"
+            return "held-out retain rows would suffer (--most_rise)"
         if self.level is not None and self._way() > PAST:
-            return "every step made forget rows less likely than unseen ones"
+            return "forget rows would be less likely than unseen ones"
         return ""
 
     def _way(self) -> float:

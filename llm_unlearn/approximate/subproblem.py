@@ -54,7 +54,7 @@ def start_vector(gradient_D: Tensor, sigma: float, seed: int) -> Tensor:
     """
     length = float(gradient_D.norm())
     if length == 0.0:
-        return unit_noise(gradient_D, seed)
+        return (sigma or 1.0) * unit_noise(gradient_D, seed)
     return gradient_D + sigma * length * unit_noise(gradient_D, seed)
 
 
