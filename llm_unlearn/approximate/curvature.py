@@ -23,7 +23,6 @@ from llm_unlearn.errors import UserError
 
 TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}  # of a product's relative error
 HALF_TOLERANCE = 3e-2
-CHECKS = ("double", "same", "none")
 DISTANCES = (1e-1, 1e-2, 1e-3)  # along a unit vector; one of them suits every model
 ADVICE = "give --attn_implementation eager, leave gradient checkpointing out, and load the model unquantised"
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from llm_unlearn.approximate import newton_problem
 from llm_unlearn.approximate.cubic_newton import CubicNewton
+from llm_unlearn.approximate.curvature import loss_of
 from llm_unlearn.approximate.methods.scurenewton import SCureNewton, what_was_gained
 from llm_unlearn.approximate.newton_problem import NewtonProblem, Rows, Standing
 from llm_unlearn.approximate.newton_state import NAME
@@ -209,33 +210,23 @@ def test_the_whole_hessian_of_a_few_parameters(tmp_path: Path) -> None:
 
 def test_an_adapter_that_is_given_says_itself_what_unseen_rows_are(tmp_path: Path) -> None:
     """Without it the model knows the forget set less: that is where forgetting ends."""
-    forget, retain = forget_and_retain()
-    given = forget_and_retain()[0]
-    model: Any = get_peft_model(knowing_model(), LORA)
-    config = arguments(tmp_path, "scurenewton")
-    session = Session(
-        tune(model, LORA, False, None, 0), make_tiny_tokenizer(), given, retain, config, tmp_path
-    )
-    session.sides = {"forget": session.encode(forget), "retain": session.encode(retain)}
-    fresh = NewtonProblem(session, Rows())
-    with pytest.raises(UserError, match="give --unseen FILE"):
-        newton_problem.unseen_level(fresh, "")
-    base: Any = model.get_base_model()
+    problem = problem_of(tmp_path)
+    model: Any = problem.model
     with torch.no_grad():
-        for name, parameter in base.named_parameters():
-            if "base_layer" in name and "layers.1.mlp" in name:
-                parameter.mul_(0.2)  # the base forgets, and so does the model; its loss has risen
-            if "lora_B" in name:
-                parameter.add_(1e-3)
-    worse = NewtonProblem(session, Rows())
-    with model.disable_adapter():
-        bare = NewtonProblem(session, Rows()).start.forget
-    level_is_above = bare > worse.start.forget
-    if level_is_above:
-        assert newton_problem.unseen_level(worse, "") == pytest.approx(bare)
-    else:
-        with pytest.raises(UserError, match="give --unseen"):
-            newton_problem.unseen_level(worse, "")
+        for name, parameter in model.named_parameters():
+            if "layers.1.mlp" in name and "base_layer" in name:
+                parameter.mul_(0.5)  # the base knows less
+    worse = NewtonProblem(problem.session, Rows())
+    with pytest.raises(UserError, match="give --unseen FILE"):
+        newton_problem.unseen_level(worse, "")  # a fresh LoRA adds nothing to it
+    optimizer = torch.optim.Adam(worse.parameters, lr=5e-3)
+    for _ in range(10):
+        optimizer.zero_grad()
+        sum((loss_of(model, part) for part in worse._forget), torch.zeros(())).backward()
+        optimizer.step()
+    known = NewtonProblem(problem.session, Rows())
+    assert known.start.forget < worse.start.forget - 0.05
+    assert newton_problem.unseen_level(known, "") == pytest.approx(worse.start.forget, rel=1e-4)
 
 
 def test_full_weights_are_given_back_too(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from llm_unlearn.approximate.method import Card, Method, flag
 from llm_unlearn.errors import RunError, UserError
 
 if TYPE_CHECKING:
+    from llm_unlearn.approximate.newton_problem import NewtonProblem
     from llm_unlearn.approximate.session import Session
 
 CHECKS = ("double", "same", "none")
@@ -69,7 +70,7 @@ class DampedNewton(Method):
             if session.on_step is not None:
                 session.on_step(number + 1, self.outer_steps)
 
-    def _step(self, problem, number: int) -> dict[str, float]:
+    def _step(self, problem: NewtonProblem, number: int) -> dict[str, float]:
         from llm_unlearn.approximate.subproblem import dense, lanczos
 
         local, start_D = problem.local(number), problem.weights()

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm_unlearn.approximate.method import Card, Method, flag, flags
+from llm_unlearn.approximate.methods.damped_newton import CHECK_FLAG, check_flags
 from llm_unlearn.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llm_unlearn.approximate.cubic_newton import CubicNewton, Settings
-    from llm_unlearn.approximate.newton_problem import NewtonProblem, Standing
+    from llm_unlearn.approximate.newton_problem import NewtonProblem, Rows, Standing
     from llm_unlearn.approximate.session import Session
 
 GAIN = 1e-3  # nats a token: less forgetting than that is none
@@ -50,7 +51,7 @@ class SCureNewton(Method):
     curvature_rows: int = flag(0, "rows of the Hessian, drawn on their own; 0: the gradient's")
     held_out: int = flag(16, "retain rows that no step sees, a fifth at most; they must not suffer")
     most_rise: float = flag(0.01, "by how much their loss may rise, for each nat (1 at least)")
-    longest_step: float = flag(0.5, "in parts of the norm of what is trained; 0: any length")
+    longest_step: float = flag(0.02, "in parts of the norm of what is trained; 0: any length")
     epsilon: float = flag(1e-4, "gradient norm at which a point is stationary")
     sigma: float = flag(1e-3, "noise against the hard case, in parts of the gradient")
     keep_graphs: bool = flag(True, "keep first-order graphs; false: less memory, twice the time")
@@ -80,8 +81,6 @@ class SCureNewton(Method):
     trains = False
 
     def __post_init__(self) -> None:
-        from llm_unlearn.approximate.methods.damped_newton import check_flags
-
         check_flags(self.outer_steps, self.inner_steps, self.check)
         if self.solver not in ("lanczos", "gd", "dense"):
             raise UserError(f"--solver is lanczos, gd or dense, got {self.solver!r}")
@@ -108,7 +107,7 @@ class SCureNewton(Method):
         session.notes.append(f"ended after {len(newton.history)} steps: {stopped}")
         self._compare(problem, start_D)
 
-    def _rows(self):
+    def _rows(self) -> Rows:
         from llm_unlearn.approximate.newton_problem import Rows
 
         return Rows(
