@@ -101,7 +101,7 @@ class Curvature:
         gradient_parts: what loss and gradient are of.
         curvature_parts: what the Hessian is of (None: the same, whose graphs then serve both).
         keep_graphs: keep the first-order graphs of all micro-batches; otherwise each product builds
-            them again, for twice the time and the memory of one micro-batch.
+            them again, for half again the time and the memory of one micro-batch.
     """
 
     def __init__(
