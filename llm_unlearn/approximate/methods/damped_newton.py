@@ -35,7 +35,9 @@ class DampedNewton(Method):
     outer_steps: int = flag(1, "steps")
     inner_steps: int = flag(8, "size of the Krylov space")
     gradient_rows: int = flag(32, "rows of gradient and Hessian; 0: all")
-    keep_graphs: bool = flag(True, "keep first-order graphs; false: less memory, half again the time")
+    keep_graphs: bool = flag(
+        True, "keep first-order graphs; false: less memory, half again the time"
+    )
     check: str = flag("double", CHECK_FLAG)
 
     card = Card(

@@ -51,7 +51,9 @@ class SCureNewton(Method):
     longest_step: float = flag(0.02, "in parts of the norm of what is trained; 0: any length")
     epsilon: float = flag(1e-4, "gradient norm at which a point is stationary")
     sigma: float = flag(1e-3, "noise against the hard case, in parts of the gradient")
-    keep_graphs: bool = flag(True, "keep first-order graphs; false: less memory, half again the time")
+    keep_graphs: bool = flag(
+        True, "keep first-order graphs; false: less memory, half again the time"
+    )
     check: str = flag("double", CHECK_FLAG)
     return_noop: bool = flag(True, "give the model back as it was where nothing was forgotten")
 
