@@ -4,6 +4,7 @@ The base model (`data/demonstration/`, made by `recipes/pretrain_demonstration.p
 people of the toy world. The run is trained on the private ones; then one of them asks to be deleted.
 """
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from llm_unlearn.data.partition import SliceName
 from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.errors import UserError
 from llm_unlearn.evaluation.scorer import answer
-from llm_unlearn.evaluation.suites.demonstration import FORGOTTEN
+from llm_unlearn.evaluation.suites.demonstration import FORGOTTEN, HOLDOUT
 from llm_unlearn.evaluation.text import exact_match
 from llm_unlearn.exact.deletion import Deletion
 from llm_unlearn.exact.run import S3TRun
@@ -75,6 +76,7 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "satimp": {"forget_weight": 1.0}, "rmu": {"steering_coefficient": 5.0}, "neggrad_plus": {"alpha": 0.5},
     "idk_dpo": {"beta": 0.05}, "retain_ft": {"l1": 1e-4}, "task_vector": {"alpha": 1.5},
     "ssd": {"alpha": 3.0}, "balanced_subnet": {"ratio": 0.05},
+    "scurenewton": {"forget_weight": 1.0, "most_rise": 0.1, "outer_steps": 20},
 }  # fmt: skip
 
 # People of the pre-training corpus who are asked about: what training costs them.
@@ -201,7 +203,11 @@ def unlearning_defaults(method: str) -> dict[str, Any]:
 
 
 def method_flags(method: str, directory: Path) -> dict[str, Any]:
-    """A method's own flags; what replacement redacts are the facts that are to be forgotten."""
+    """A method's own flags; what replacement redacts are the facts that are to be forgotten, and
+    scurenewton forgets until these are as likely as facts about people nobody was trained on.
+    """
+    if method == "scurenewton":
+        return {**METHOD_FLAGS[method], "unseen": str(_write_unseen(directory))}
     if method != "replacement":
         return METHOD_FLAGS.get(method, {})
     facts = {row["answer"] for row in world.questions(world.private_people()[:FORGOTTEN])}
@@ -209,6 +215,17 @@ def method_flags(method: str, directory: Path) -> dict[str, Any]:
     directory.mkdir(parents=True, exist_ok=True)
     files.write_bytes(path, "\n".join(sorted(facts)).encode())
     return {"redact": str(path), "placeholder": "a secret"}
+
+
+def _write_unseen(directory: Path) -> Path:
+    """Records of people beyond those of the suites."""
+    known = world.PRIVATE_COUNT + HOLDOUT
+    rows = world.records(world.private_people(known + FORGOTTEN)[known:])
+    lines = [json.dumps({name: row[name] for name in ("prompt", "completion")}) for row in rows]
+    path = directory / "unseen.jsonl"
+    directory.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(path, "\n".join(lines).encode())
+    return path
 
 
 def unlearning_records() -> tuple[list[Record], list[Record]]:

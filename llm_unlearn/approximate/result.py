@@ -22,7 +22,7 @@ class Report:
     Attributes:
         flags: of the method.
         training: of the trainer, as resolved.
-        history: every term's mean by optimizer step.
+        history: every term's mean by optimizer step, or what a method says of each of its own steps.
         standings: forget and utility by epoch, where the model was evaluated on the way.
         diverged_at: the step whose loss was no number; what was written is from before it.
         stopped_rows: forget rows that were left out at the end, as forgotten.
@@ -39,7 +39,7 @@ class Report:
     seconds: float
     steps: int
     trained_parameters: int
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     standings: dict[int, Standing] = field(default_factory=dict)
     kept_epoch: int | None = None
     diverged_at: int | None = None

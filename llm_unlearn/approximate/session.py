@@ -1,6 +1,6 @@
 """What a method may look at: the model, both sets of records, and where things are put."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ class Session:
         work: a directory for what is not needed afterwards.
         extra_files: what the result needs besides weights: name -> content, or a file in `work`
             that is moved there; for wrappers.
+        history: of the steps of a method that takes its own, for the report.
+        on_step: what such a method calls with steps done and wanted.
     """
 
     tuned: Tuned
@@ -34,6 +36,8 @@ class Session:
     sides: dict[str, list[Example]] = field(default_factory=dict)
     extra_files: dict[str, bytes | Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    on_step: Callable[[int, int], None] | None = None
 
     @property
     def model(self) -> Any:

@@ -90,6 +90,7 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
     session, output = prepare(
         model, tokenizer, forget, retain, config, method, lora=lora, encoder=encoder
     )
+    session.on_step = on_step
     trainer = train(session, method, watch, on_step)
     if watch is not None:
         watch.restore_best(session.tuned)
@@ -104,9 +105,9 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
         forget_records=len(forget),
         retain_records=len(retain),
         seconds=time.monotonic() - start,
-        steps=trainer.state.global_step if trainer else 0,
+        steps=trainer.state.global_step if trainer else len(session.history),
         trained_parameters=sum(p.numel() for p in session.tuned.trainable.values()),
-        history=trainer.history if trainer else [],
+        history=trainer.history if trainer else session.history,
         standings=watch.seen if watch else {},
         kept_epoch=watch.best_epoch if watch and watch.keep == "best" else None,
         diverged_at=trainer.diverged_at if trainer else None,

@@ -70,6 +70,15 @@ EXPECTED: dict[str, Expected] = {
     "random_label": Expected(retain=0),
     "me": Expected(retain=0, flags={"forget_weight": 1.0}, training={"num_train_epochs": 20}),
     "retain_ft": Expected(forget=None, retain=0),
+    "scurenewton": Expected(
+        retain=0,
+        flags={
+            "forget_weight": 0.5,
+            "unseen": str(Path(__file__).with_name("unseen.jsonl")),
+            "most_rise": 0.4,
+        },
+    ),
+    "damped_newton": Expected(forget=None, retain=0, flags={"damping": 1.0}),
     "task_vector": Expected(flags={"alpha": 10.0}, training={"num_train_epochs": 10}),
     "icu": Expected(retain=0),
     "o3": Expected(training={"num_train_epochs": 20}),

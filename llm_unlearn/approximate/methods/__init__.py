@@ -31,6 +31,8 @@ METHODS: dict[str, str] = {
     "random_label": "random_label:RandomLabel",
     "me": "maximum_entropy:MaximumEntropy",
     "retain_ft": "retain_ft:RetainFineTuning",
+    "scurenewton": "scurenewton:SCureNewton",
+    "damped_newton": "damped_newton:DampedNewton",
     "task_vector": "task_vector:TaskVector",
     "whp": "whp:WhosHarryPotter",
     "icu": "icu:ICU",
