@@ -11,6 +11,7 @@ from llm_unlearn.cli import certificates
 from llm_unlearn.cli import copying
 from llm_unlearn.cli import reporting
 from llm_unlearn.cli import publishing
+from llm_unlearn.cli import serving
 from llm_unlearn.cli import evaluations
 # isort: on
 
@@ -24,6 +25,7 @@ __all__ = [
     "publishing",
     "reporting",
     "runs",
+    "serving",
 ]
 
 
