@@ -19,7 +19,13 @@ from llm_unlearn.serving import (
     listing,
 )
 from llm_unlearn.serving.limits import BoundedBodies
-from llm_unlearn.serving.refusals import LastResort, answer_invalid, answer_refusal, error_body
+from llm_unlearn.serving.refusals import (
+    LastResort,
+    answer_invalid,
+    answer_refusal,
+    answer_unforeseen,
+    error_body,
+)
 from llm_unlearn.serving.service import Service
 
 DESCRIPTION = """Answers from an ensemble of shards while deletions are pending. What is served never saw
@@ -48,6 +54,7 @@ def application(service: Service) -> FastAPI:
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, answer_refusal)
     app.add_exception_handler(RequestValidationError, answer_invalid)
+    app.add_exception_handler(Exception, answer_unforeseen)
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -27,6 +27,8 @@ TYPES = {
     504: "timeout_error",
 }
 CLIENT_GONE = 499
+UNFORESEEN = "something went wrong on the server; its log names the place"
+LOGGED = "llm_unlearn.logged"
 MOST_NAMED = 5  # fields that are wrong
 
 
@@ -119,11 +121,22 @@ def _place(entry: Any) -> str | None:
     return ".".join(part for part in parts if part.isprintable())[:200] or None
 
 
-class LastResort:
-    """The outermost layer: what nobody foresaw becomes one sentence, and one line in the log.
+async def answer_unforeseen(request: Request, error: Exception) -> Response:
+    """An exception handler for mistakes of ours."""
+    _log(error)
+    request.scope[LOGGED] = True
+    request.app.state.service.metrics.rejected.labels("internal_error").inc()
+    return JSONResponse(error_body(500, "internal_error", UNFORESEEN), 500)
 
-    The line names the place in the code and not the message, which may hold what somebody wrote.
-    """
+
+def _log(error: Exception) -> None:
+    """The place in the code, and not the message, which may hold what somebody wrote."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    log.error("%s in %s:%s", type(error).__name__, place.filename, place.lineno)
+
+
+class LastResort:
+    """The outermost layer: what nobody foresaw becomes one sentence, and one line in the log."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -142,10 +155,8 @@ class LastResort:
         try:
             await self.app(scope, receive, sending)
         except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            log.error("%s in %s:%s", type(error).__name__, place.filename, place.lineno)
+            if LOGGED not in scope:
+                _log(error)
             if not has_begun:
-                message = "something went wrong on the server; its log names the place"
-                await JSONResponse(error_body(500, "internal_error", message), 500)(
-                    scope, receive, send
-                )
+                body = error_body(500, "internal_error", UNFORESEEN)
+                await JSONResponse(body, 500)(scope, receive, send)
