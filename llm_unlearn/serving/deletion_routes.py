@@ -46,9 +46,14 @@ async def file_deletion(
     if not token.may_delete(pseudonyms):
         words = "the token may not delete everybody who is named. Nothing was deleted"
         raise Refusal(403, "not_yours", words, "subjects")
+    owns_all = EVERYBODY in token.subjects
+    near = body.near_duplicates if owns_all else body.near_duplicates or "ignore"
+    if not owns_all and (body.with_duplicates or near != "ignore"):
+        words = "the token may not delete or count what others hold. Nothing was deleted"
+        raise Refusal(403, "not_yours", words, "near_duplicates")
     ask = _ask_of(body, subjects, idempotency_key)
     service.limit_deletions(token, pseudonyms)
-    filed = await run_sync(service.deletions.file, ask, body.near_duplicates, body.with_duplicates)
+    filed = await run_sync(service.deletions.file, ask, near, body.with_duplicates)
     service.notice()
     epoch = await run_sync(service.deletions.epoch)
     with contextlib.suppress(Refusal):  # the ledger itself is the log of deletions
@@ -62,8 +67,8 @@ async def file_deletion(
         subjects=filed.deletion.subjects,
         records=filed.deletion.records,
         already_deleted=filed.deletion.already_deleted,
-        copies_elsewhere=filed.deletion.copies_elsewhere,
-        near_duplicates=len(filed.deletion.near_duplicates),
+        copies_elsewhere=filed.deletion.copies_elsewhere if owns_all else None,
+        near_duplicates=len(filed.deletion.near_duplicates) if owns_all else None,
         core_records=filed.deletion.core_records,
         certificate=status.certificate,
     )

@@ -278,7 +278,8 @@ class DeletionFiled(BaseModel):
     """What became of a deletion that was asked for.
 
     `already_deleted`: how many of the subjects had been deleted before. Were it all of them, `id` is
-    that of the request that deleted the first.
+    that of the request that deleted the first. `copies_elsewhere`, `near_duplicates`: what others hold;
+    None for a token that may not delete everybody.
     """
 
     id: str
@@ -289,8 +290,8 @@ class DeletionFiled(BaseModel):
     subjects: int
     records: int
     already_deleted: int
-    copies_elsewhere: int
-    near_duplicates: int
+    copies_elsewhere: int | None
+    near_duplicates: int | None
     core_records: int
     certificate: str | None
 
