@@ -61,3 +61,10 @@ def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 ASKING = refused(404, 408, 413, 429, 504)
+STREAMING: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream`, in chunks as server-sent events.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    },
+    **ASKING,
+}

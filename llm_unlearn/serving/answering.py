@@ -10,9 +10,10 @@ from typing import Literal
 from llm_unlearn.serving.auth import Token
 from llm_unlearn.serving.queries import Answer, Query
 from llm_unlearn.serving.refusals import Refusal
-from llm_unlearn.serving.schemas import SEED_END, Generation, Unlearning, Usage
+from llm_unlearn.serving.schemas import Generation, Unlearning, Usage
 from llm_unlearn.serving.service import Service
 
+SEED_END = 2**63
 DEFAULT_TOKENS = 16  # as OpenAI's completions
 DEFAULT_CHAT_TOKENS = 512
 WORST_FIRST = ("unsafe", "refused", "clean", "executed", "certified")
@@ -111,8 +112,8 @@ def make_asked(
 
 
 def derive_seed(seed: int | None, copy: int) -> int | None:
-    """A seed for one of several answers to a prompt; the first has the one that was given."""
-    if seed is None or copy == 0:
+    """A seed of 64 bits for one of several answers to a prompt; the first has the one that was given."""
+    if seed is None or (copy == 0 and -SEED_END <= seed < SEED_END):
         return seed
     made = hashlib.sha256(f"{seed}:{copy}".encode()).digest()
     return int.from_bytes(made[:8], "big") % SEED_END

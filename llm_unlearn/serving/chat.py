@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from llm_unlearn.errors import UserError
-from llm_unlearn.serving.access import ASKING, MayAsk, TheService
+from llm_unlearn.serving.access import STREAMING, MayAsk, TheService
 from llm_unlearn.serving.answering import (
     DEFAULT_CHAT_TOKENS,
     Prompt,
@@ -37,7 +37,7 @@ from llm_unlearn.serving.streaming import Stream, stream
 router = APIRouter(tags=["asking"])
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ASKING)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMING)
 async def chat(body: ChatRequest, request: Request, service: TheService, token: MayAsk) -> Response:
     """Answer a conversation. With `stream` the answer comes as server-sent events."""
     arrived = time.monotonic()

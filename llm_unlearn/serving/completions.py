@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from llm_unlearn.serving.access import ASKING, MayAsk, TheService
+from llm_unlearn.serving.access import STREAMING, MayAsk, TheService
 from llm_unlearn.serving.answering import (
     DEFAULT_TOKENS,
     Prompt,
@@ -23,7 +23,7 @@ from llm_unlearn.serving.streaming import Stream, stream
 router = APIRouter(tags=["asking"])
 
 
-@router.post("/v1/completions", response_model=Completion, responses=ASKING)
+@router.post("/v1/completions", response_model=Completion, responses=STREAMING)
 async def complete(
     body: CompletionRequest, request: Request, service: TheService, token: MayAsk
 ) -> Response:

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("llm_unlearn.serving")
@@ -81,7 +82,19 @@ async def answer_refusal(request: Request, refusal: Exception) -> Response:
         body = refusal.body()
     else:
         body = error_body(refusal.status_code, refusal_code(refusal), str(refusal.detail))
-    return JSONResponse(body, refusal.status_code, refusal.headers)
+    headers = dict(refusal.headers or {})
+    if refusal.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
+    return JSONResponse(body, refusal.status_code, headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """What an address takes; Starlette names the methods of one of its routes only."""
+    found: set[str] = set()
+    for path, operations in request.app.openapi()["paths"].items():
+        if compile_path(path)[0].match(request.scope["path"]):
+            found |= {method.upper() for method in operations}
+    return found
 
 
 def refusal_code(refusal: HTTPException) -> str:

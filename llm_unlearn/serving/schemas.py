@@ -16,7 +16,6 @@ MOST_LABELS = 256
 MOST_MESSAGES = 1_000
 MOST_SUBJECTS = 1_000
 MOST_TOKENS = 1_000_000
-SEED_END = 2**63
 
 
 def _text_only(value: object) -> object:
@@ -25,8 +24,13 @@ def _text_only(value: object) -> object:
     return value
 
 
+def _whole(value: object) -> object:
+    """JSON knows one kind of number: 5.0 is 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 StrictBool = Annotated[bool, Strict()]
-StrictInt = Annotated[int, Strict()]
+Whole = BeforeValidator(_whole)  # after the bounds, or the description has none
 StrictFloat = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
@@ -54,11 +58,11 @@ class Generation(Sent):
     """What completions and conversations share."""
 
     model: ModelName
-    max_tokens: Annotated[StrictInt, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(strict=True, ge=1, le=MOST_TOKENS), Whole] | None = None
     temperature: Annotated[StrictFloat, Field(ge=0, le=2)] | None = None
     top_p: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
-    seed: Annotated[StrictInt, Field(ge=-SEED_END, lt=SEED_END)] | None = None
-    n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
+    seed: Annotated[int, Strict(), Whole] | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES), Whole] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -113,7 +117,9 @@ class ChatMessage(Sent):
 
 class ChatRequest(Generation):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_completion_tokens: (
+        Annotated[int, Field(strict=True, ge=1, le=MOST_TOKENS), Whole] | None
+    ) = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
     tools: Nothing | None = None
