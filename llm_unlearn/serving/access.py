@@ -64,7 +64,7 @@ ASKING = refused(404, 408, 413, 429, 504)
 STREAMING: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with `stream`, in chunks as server-sent events.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     },
     **ASKING,
 }

@@ -1,6 +1,7 @@
 """Servers of stub runs with the stand-in engine: as an application, and on a real port."""
 
 import contextlib
+import signal
 import socket
 import threading
 import time
@@ -56,6 +57,7 @@ class Served:
         self.engine = engine or StandIn(epoch=self.run.ledger.count)
         defaults = {"asks_per_minute": 0, "deletions_per_hour": 0, "requests_per_subject": 0}
         settings = Settings(**{"name": NAME, **defaults, **options})
+        self.servers: list[Server] = []
         self.service = Service(settings, Deletions(self.run), AuditLog(run, "here"), tokens, clock)
 
     def opened(self) -> Opened:
@@ -71,6 +73,10 @@ class Served:
         transport = httpx.ASGITransport(self.app(), raise_app_exceptions=True)
         return httpx.AsyncClient(transport=transport, base_url="http://testserver", headers=headers)
 
+    def stop(self) -> None:
+        """What a SIGTERM does."""
+        self.servers[-1].handle_exit(signal.SIGTERM, None)
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[str]:
         """On a free port, ready; the end is that of a SIGTERM."""
@@ -78,13 +84,15 @@ class Served:
         url = address_of(listening)
         ready = threading.Event()
         server = Server(self.service, self.opened, ready.set)
+        self.servers.append(server)
         thread = threading.Thread(target=server.run_on, args=(listening,))
         thread.start()
         try:
             assert ready.wait(20)
             yield url
         finally:
-            server.handle_exit(15, None)
+            if not self.service.is_draining:
+                self.stop()
             thread.join(20)
             assert not thread.is_alive()
 
