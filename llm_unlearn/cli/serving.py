@@ -127,7 +127,7 @@ def serve(  # noqa: PLR0913 - typer makes an option of every argument
 
     chosen = make_policy(policy, timing, handling, target, threshold, deadline_hours)
     settings = Settings(
-        name=name or run.resolve().name,
+        name=run.resolve().name if name is None else name,
         handling=chosen.handling,
         timeout=timeout,
         drain=drain,

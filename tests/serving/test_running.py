@@ -276,7 +276,8 @@ def test_a_signal_ends_the_process_well(run_path: Path, sent: signal.Signals) ->
             )
         )
         asking.start()
-        time.sleep(0.3)
+        while not httpx.get(f"{url}/v1/residue", timeout=20).json()["running"]:
+            time.sleep(0.01)
         process.send_signal(sent)
         asking.join(20)
         out, errors = process.communicate(timeout=20)
