@@ -53,8 +53,12 @@ async def file_deletion(
         raise Refusal(403, "not_yours", words, "near_duplicates")
     ask = _ask_of(body, subjects, idempotency_key)
     service.limit_deletions(token, pseudonyms)
-    filed = await run_sync(service.deletions.file, ask, near, body.with_duplicates)
-    service.notice()
+    try:
+        filed = await run_sync(
+            service.deletions.file, ask, near, body.with_duplicates, limiter=service.filing
+        )
+    finally:
+        service.notice()  # it may be acknowledged, and fail afterwards
     epoch = await run_sync(service.deletions.epoch)
     with contextlib.suppress(Refusal):  # the ledger itself is the log of deletions
         service.record("deletion", request=filed.request.id, epoch=epoch, is_new=filed.is_new)
@@ -78,10 +82,11 @@ def _ask_of(body: DeletionRequest, subjects: list[str], header: str | None) -> A
     if header is not None and body.idempotency_key not in (None, header):
         words = "two idempotency keys: the header says another than the body. Nothing was deleted"
         raise Refusal(409, "two_keys", words, "idempotency_key")
+    reason = body.reason and "".join(c if c.isprintable() else " " for c in body.reason)
     try:
-        ask = make_ask(subjects, body.reason, None, header or body.idempotency_key)
+        ask = make_ask(subjects, reason, None, header or body.idempotency_key)
     except UserError as error:
-        raise Refusal(400, "invalid_reason", str(error), "reason") from None
+        raise Refusal(409, "reason_names_subject", str(error), "reason") from None
     return ask if body.deadline is None else replace(ask, deadline=_seconds(body.deadline))
 
 

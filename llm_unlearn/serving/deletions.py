@@ -94,7 +94,7 @@ class Deletions:
                 "others hold nearly the same text, and that was to be refused. Nothing was deleted"
             )
             raise Refusal(409, "near_duplicates", words, "near_duplicates") from None
-        except RunError:
+        except (RunError, OSError):
             words = "the run cannot be changed now. Try again: under an idempotency key, nothing is done twice"
             raise Refusal(503, "run_busy", words, retry_after=BUSY_SECONDS) from None
         except UserError:

@@ -160,7 +160,13 @@ class DeletionRequest(Sent):
         ),
     ]
     reason: (
-        Annotated[str, Field(max_length=200, description="Printable, and nobody's name.")] | None
+        Annotated[
+            str,
+            Field(
+                max_length=200, description="Nobody's name. What is not printable becomes a space."
+            ),
+        ]
+        | None
     ) = None
     deadline: Moment | None = None
     idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = None

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyio import CapacityLimiter
+
 from llm_unlearn.errors import UserError
 from llm_unlearn.serving.audit import AuditLog
 from llm_unlearn.serving.auth import ANYBODY, Token, Tokens
@@ -15,6 +17,7 @@ from llm_unlearn.serving.metrics import Metrics
 from llm_unlearn.serving.queries import Engine, EngineState
 from llm_unlearn.serving.refusals import Refusal
 
+MOST_FILING = 4
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -84,6 +87,8 @@ class Service:
         self.filings = Buckets(settings.deletions_per_hour, 3600.0, clock)
         self.subjects = Buckets(settings.requests_per_subject, 3600.0, clock)
         self.metrics = Metrics(self.state, lambda: deletions.count(self.state()))
+        # Filings wait for the run's lock, in threads that must not be those of the queries.
+        self.filing = CapacityLimiter(MOST_FILING)
         self.is_draining = False
         self.stopping = asyncio.Event()
         self._opened: Opened | None = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,9 @@ def test_uploaded_text_is_never_unlearned(served: Served, field: str) -> None:
 
 def test_a_reason_may_not_name_the_subject(served: Served) -> None:
     answer = file(served, subjects=["person 3"], reason="for person 3")
-    assert answer.status_code == 400 and served.run.ledger.requests() == []
+    assert answer.status_code == 409 and served.run.ledger.requests() == []
+    file(served, subjects=["person 3"], reason="two\nlines\u202e")
+    assert served.run.ledger.requests()[0].reason == "two lines "
 
 
 def test_near_copies_can_be_refused(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +177,51 @@ def test_a_busy_run_says_when_to_try_again(served: Served, monkeypatch: pytest.M
         answer = file(served, subjects=["person 3"])
     assert answer.status_code == 503 and int(answer.headers["Retry-After"]) > 0
     assert served.run.ledger.requests() == []
+
+
+def test_a_deletion_that_fails_after_its_acknowledgement_is_noticed(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_unlearn.exact import deletion
+
+    settle = deletion.settle
+    troubles = iter([None, OSError(28, "No space left on device")])
+
+    def filling(run: Any) -> None:
+        if error := next(troubles):
+            raise error
+        settle(run)
+
+    monkeypatch.setattr(deletion, "settle", filling)
+    key = {"Idempotency-Key": "case 7"}
+    assert file(served, subjects=["person 3"], headers=key).status_code == 503
+    (request,) = served.run.ledger.requests(pending=True)
+    assert served.engine.noticed == 1
+    monkeypatch.undo()
+    again = file(served, subjects=["person 3"], headers=key).json()
+    assert again["id"] == request.id and again["state"] == "erased" and not again["is_new"]
+
+
+def test_filings_that_wait_do_not_hold_up_queries(served: Served) -> None:
+    async def both() -> list[int]:
+        async with served.client() as client:
+            waiting = [
+                asyncio.create_task(client.post("/v1/deletions", json={"subjects": [subject]}))
+                for subject in SUBJECTS * 5
+            ]
+            await asyncio.sleep(0.3)
+            lists = await asyncio.wait_for(client.get("/v1/models"), 5)
+            body = {"model": "people", "prompt": "Who?"}
+            answer = await asyncio.wait_for(client.post("/v1/completions", json=body), 5)
+            are_waiting = not any(task.done() for task in waiting)
+            for task in waiting:
+                task.cancel()
+            release.set()
+            return [lists.status_code, answer.status_code, int(are_waiting)]
+
+    release = threading.Event()
+    served.service.deletions.file = lambda *_: release.wait(10)  # pyright: ignore
+    assert asyncio.run(both()) == [200, 200, 1]
 
 
 def test_list_is_newest_first_and_in_pages(served: Served) -> None:

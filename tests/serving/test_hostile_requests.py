@@ -43,7 +43,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     (CLASSIFY, {"labels": [f"label {n}" for n in range(10_000)]}),
     *[(DELETE, {"subjects": value}) for value in ([], "person 1", [""], [1], ["\udfff"], ["x"] * 1001, [None])],
     *[(DELETE, {"deadline": value}) for value in ("soon", 12345, "2026-13-01", "9" * 5000, True)],
-    *[(DELETE, {"reason": value}) for value in ("two\nlines", "x" * 201, 5, "\u202e")],
+    *[(DELETE, {"reason": value}) for value in ("x" * 201, 5, ["x"])],
     *[(DELETE, {"idempotency_key": value}) for value in ("", "k" * 256, 5)],
     *[(DELETE, {"near_duplicates": "all"}), (DELETE, {"with_duplicates": "yes"})],
 ]  # fmt: skip
