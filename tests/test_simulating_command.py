@@ -11,7 +11,7 @@ from llm_unlearn.cli import app
 from llm_unlearn.console import exit_code_of
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.serving.policy import POLICIES
-from llm_unlearn.serving.simulation_run import read_run
+from llm_unlearn.serving.simulation.facts import read_run
 from tests.tiny import make_stub_run, stubbed_training, tiny_records, train_stub
 
 Say = Callable[..., tuple[int, str, str]]

@@ -12,6 +12,7 @@ from llm_unlearn.cli import certificates
 from llm_unlearn.cli import copying
 from llm_unlearn.cli import reporting
 from llm_unlearn.cli import publishing
+from llm_unlearn.cli import serving
 from llm_unlearn.cli import evaluations
 from llm_unlearn.cli import probing
 # isort: on
@@ -27,6 +28,7 @@ __all__ = [
     "publishing",
     "reporting",
     "runs",
+    "serving",
     "simulating",
 ]
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # Headings of the help.
 RUNS, REQUESTS, PUBLISHING, EVALUATIONS = "Runs", "Requests", "Publishing", "Evaluations"
+SERVING = "Serving"
 
 MOST_SHARDS = 20  # that are shown one by one
 

@@ -17,8 +17,8 @@ from llm_unlearn.cli.application import (
 from llm_unlearn.errors import UserError
 
 if TYPE_CHECKING:
-    from llm_unlearn.serving.looks import Look, Probe
-    from llm_unlearn.serving.vllm import Synced
+    from llm_unlearn.serving.outside.vllm import Synced
+    from llm_unlearn.serving.probe.looks import Look, Probe
 
 MOST_SHOWN = 12  # lines of one place that are shown
 TokenFile = Annotated[
@@ -53,8 +53,8 @@ def probe(  # noqa: PLR0913 - a command has its options
     as_json: Json = False,
 ) -> None:
     """Is anything left of what was deleted? On disk, or in a server's memory and caches."""
-    from llm_unlearn.serving.probe import probe
-    from llm_unlearn.serving.probe_answers import Asking, read_prompts
+    from llm_unlearn.serving.probe.answers import Asking, read_prompts
+    from llm_unlearn.serving.probe.probe import probe
 
     if prompts is None and (reference is not None or model is not None):
         raise UserError("--reference and --model go with --prompts")
@@ -138,7 +138,7 @@ def sync_vllm(  # noqa: PLR0913 - a command has its options
     as_json: Json = False,
 ) -> None:
     """Keep a vLLM server in step with a run: what is deleted is unloaded first, and its files go."""
-    from llm_unlearn.serving.vllm import Follower
+    from llm_unlearn.serving.outside.vllm import Follower
 
     follower = Follower.of(run, url, export, seen_as, token_file, seconds)
     with console.attack_progress(enabled=not as_json) as say:

@@ -9,7 +9,7 @@ from llm_unlearn import console
 from llm_unlearn.cli.application import RUNS, Json, app
 
 if TYPE_CHECKING:
-    from llm_unlearn.serving.simulation import Latency, Outcome
+    from llm_unlearn.serving.simulation.numbers import Latency, Outcome
 
 COLUMNS = (
     "policy",
@@ -69,8 +69,8 @@ def simulate_serving(  # noqa: PLR0913 - typer makes an option of every argument
     as_json: Json = False,
 ) -> None:
     """What each serving policy would cost: latency, retrains, certified answers, exposures."""
-    from llm_unlearn.serving.simulation import Setting, headline
-    from llm_unlearn.serving.simulation_plan import Arrivals, simulate_serving
+    from llm_unlearn.serving.simulation.numbers import Setting, headline
+    from llm_unlearn.serving.simulation.plan import Arrivals, simulate_serving
 
     setting = Setting(
         seconds_per_answer=seconds_per_answer,
@@ -91,7 +91,7 @@ def simulate_serving(  # noqa: PLR0913 - typer makes an option of every argument
             progress,
         )
     if plot is not None:
-        from llm_unlearn.serving.simulation_plot import plot_outcomes
+        from llm_unlearn.serving.simulation.plot import plot_outcomes
 
         plot_outcomes(simulated.outcomes, plot)
     if as_json:

@@ -30,6 +30,15 @@ WARN, REFUSE, TAKE, IGNORE = "warn", "refuse", "take", "ignore"
 NEAR = (WARN, REFUSE, TAKE, IGNORE)
 """What is done about near copies that others hold."""
 
+
+class KeyUsedError(UserError):
+    """An idempotency key stood for something else."""
+
+
+class NearCopiesError(RunError):
+    """Others hold nearly the same text, and that was to be refused."""
+
+
 DELETED, DELETED_BEFORE, ASKED_BEFORE = "deleted", "deleted before", "asked before"
 
 
@@ -175,7 +184,7 @@ def asked_before(run: RunDirectory, asks: Sequence[Ask]) -> dict[str | None, Req
         ask = names[name]
         if request.asked_for != ask.pseudonyms(run.key):
             where = f"line {ask.line}: " if ask.line else ""
-            raise UserError(
+            raise KeyUsedError(
                 f"{where}the idempotency key {ask.key!r} was used for something else; nothing was done"
             )
         found[ask.key] = request
@@ -221,7 +230,7 @@ def _near_copies(run: RunDirectory, found: Found, near: str | None) -> list[Near
         return []
     similar = [copy for copy in find_near_duplicates(run, records) if not copy.is_exact]
     if similar and near == REFUSE:
-        raise RunError(
+        raise NearCopiesError(
             f"others hold {len(similar)} near copies of what is to be deleted (`llm-unlearn "
             f"near-duplicates {run.path} --subject NAME` lists them); nothing was deleted"
         )

@@ -26,6 +26,7 @@ KNOWN_FILES = {
     "generations": r"[0-9a-f]{16}/(shard-\d+|core)/"
     r"(README\.md|lineage\.json|adapter_(model\.safetensors|config\.json)|words-\d+\.safetensors)",
     "certificates": r"[0-9a-f]{16}\.json(\.tsr)?",
+    "serving": r"tokens\.json(\.lock)?|audit-[A-Za-z0-9._-]+\.jsonl|replicas/[A-Za-z0-9._-]+\.json",
 }
 
 COPIES = "copies of the run directory or of earlier served adapters (backups, downloads, the Hub, other servers)"

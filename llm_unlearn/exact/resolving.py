@@ -15,6 +15,10 @@ from llm_unlearn.exact.store import RunDirectory
 Slice = tuple[int, int]
 
 
+class NoSuchSubjectError(UserError):
+    """Nobody of that name is held, or only in the permanent core."""
+
+
 @dataclass(frozen=True)
 class Found:
     """Where the subjects of some asks live.
@@ -63,7 +67,7 @@ def find_subjects(run: RunDirectory, asks: Sequence[Ask]) -> Found:
 def _unknown(run: RunDirectory, asks: Sequence[Ask], unknown: list[str]) -> UserError:
     held = run.slices.read(CORE, set(unknown)) if run.core else []
     if held:
-        return UserError(
+        return NoSuchSubjectError(
             f"{min(record.subject for record in held)!r} is in the permanent core, which cannot be "
             "deleted; it would need a new run. Nothing was deleted"
         )
@@ -72,7 +76,7 @@ def _unknown(run: RunDirectory, asks: Sequence[Ask], unknown: list[str]) -> User
     where = f" (line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:5]))})" if lines else ""
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     first = unknown[0] if len(unknown[0]) <= 100 else unknown[0][:100] + "..."
-    return UserError(
+    return NoSuchSubjectError(
         f"no such subject in {run.path}: {first!r}{more}{where}. Nothing was deleted; "
         f"a subject is spelled as in the column that the run was made with{_look_alikes(run, unknown[0])}"
     )

@@ -13,6 +13,7 @@
     RUN/cache/, trainer/    residues of training: purged when it ends and by every deletion
     RUN/certificates/       one file per request, signed with signing.key; signing.pub verifies
     RUN/policy.toml         what follows a deletion, if somebody chose; rebuild.log of the last in background
+    RUN/serving/            of servers: tokens.json, and the audit logs, which hold no name and no text
 
 What is wanted is always derived from run.json and the records; nothing is believed twice.
 """

@@ -8,11 +8,11 @@ from typing import Any
 from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.exact.ensemble import ShardEnsemble
 from llm_unlearn.exact.run import S3TRun
-from llm_unlearn.serving.engine import BatchEngine
-from llm_unlearn.serving.memory import Memory
+from llm_unlearn.serving.engine.engine import BatchEngine
+from llm_unlearn.serving.engine.memory import Memory
+from llm_unlearn.serving.engine.reading import Reading
 from llm_unlearn.serving.policy import Policy, make_policy
 from llm_unlearn.serving.queries import Answer, Event, Failure, Piece, Query
-from llm_unlearn.serving.reading import Reading
 from tests.tiny import load_tiny
 
 SECONDS = 60

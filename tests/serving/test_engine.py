@@ -11,7 +11,7 @@ from llm_unlearn.errors import UserError
 from llm_unlearn.exact import deletion
 from llm_unlearn.exact.adapters import WEIGHTS_NAME, file_digest
 from llm_unlearn.exact.run import S3TRun
-from llm_unlearn.serving import engine as engine_module
+from llm_unlearn.serving.engine import engine as engine_module
 from llm_unlearn.serving.queries import Failure, QueueFull
 from tests.serving.engines import PROMPTS, ask, ask_all, generated, records_of_names, serving
 from tests.tiny import FAMILIES, load_tiny, make_run, make_tiny_model, make_tiny_tokenizer

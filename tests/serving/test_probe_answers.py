@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact.adapters import WEIGHTS_NAME
 from llm_unlearn.exact.run import S3TRun
-from llm_unlearn.serving.http_client import Server
-from llm_unlearn.serving.probe_answers import Asking, compare_answers
+from llm_unlearn.serving.outside.http_client import Server
+from llm_unlearn.serving.probe.answers import Asking, compare_answers
 from tests.serving.loopback import Question, Said, running
 from tests.tiny import make_run, tiny_records
 

@@ -19,11 +19,11 @@ from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.served import read_lineage
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.export.making import export
-from llm_unlearn.serving import probe
-from llm_unlearn.serving.clean import Clean
-from llm_unlearn.serving.looks import Look, Probe
-from llm_unlearn.serving.probe import probe_run
-from llm_unlearn.serving.probe_processes import look_at_open_files
+from llm_unlearn.serving.probe import probe
+from llm_unlearn.serving.probe.clean import Clean
+from llm_unlearn.serving.probe.looks import Look, Probe
+from llm_unlearn.serving.probe.probe import probe_run
+from llm_unlearn.serving.probe.processes import look_at_open_files
 from tests.exact.killing import in_child, kill_at
 from tests.test_cli import Say, in_json, one_line, say  # noqa: F401
 from tests.tiny import core_records, make_stub_run, stubbed_training, tiny_records, train_stub

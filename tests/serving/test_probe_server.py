@@ -18,11 +18,11 @@ from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact.adapters import WEIGHTS_NAME, adapter_name, load_tensors, tensors_digest
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.served import read_lineage
-from llm_unlearn.serving import http_client
-from llm_unlearn.serving.http_client import Server, read_token
-from llm_unlearn.serving.looks import Probe
-from llm_unlearn.serving.probe import probe, probe_run, probe_server
-from llm_unlearn.serving.vllm import Follower
+from llm_unlearn.serving.outside import http_client
+from llm_unlearn.serving.outside.http_client import Server, read_token
+from llm_unlearn.serving.outside.vllm import Follower
+from llm_unlearn.serving.probe.looks import Probe
+from llm_unlearn.serving.probe.probe import probe, probe_run, probe_server
 from tests.serving.loopback import Question, Said, running
 from tests.serving.loopback_vllm import LoopbackVllm
 from tests.test_cli import Say, in_json, one_line, say  # noqa: F401

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from llm_unlearn.errors import UserError
 from llm_unlearn.serving.policy import POLICIES, Policy, make_policy
-from llm_unlearn.serving.simulation import Outcome, Setting, headline, simulate
-from llm_unlearn.serving.simulation_replay import Replay
-from llm_unlearn.serving.simulation_trace import Trace, invent_trace
-from llm_unlearn.serving.simulation_votes import certify, draw_votes, tally
+from llm_unlearn.serving.simulation.numbers import Outcome, Setting, headline, simulate
+from llm_unlearn.serving.simulation.replay import Replay
+from llm_unlearn.serving.simulation.trace import Trace, invent_trace
+from llm_unlearn.serving.simulation.votes import certify, draw_votes, tally
 
 SAFE = [name for name, policy in POLICIES.items() if policy.certifies]
 
@@ -75,7 +75,7 @@ def test_tallies_count_votes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     votes = np.random.default_rng(0).integers(0, 7, (101, 6), dtype=np.uint8)
     expected = np.array([[(row == label).sum() for label in range(7)] for row in votes])
     assert (tally(votes, 7) == expected).all()
-    monkeypatch.setattr("llm_unlearn.serving.simulation_votes._VOTES_AT_ONCE", 50)
+    monkeypatch.setattr("llm_unlearn.serving.simulation.votes._VOTES_AT_ONCE", 50)
     assert (tally(votes, 7) == expected).all()
     assert (tally(votes[:, :0], 7) == 0).all()  # of nobody
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from llm_unlearn.errors import UserError
-from llm_unlearn.serving import simulation_trace
-from llm_unlearn.serving.simulation_trace import Trace, invent_trace, read_trace
+from llm_unlearn.serving.simulation import trace as simulation_trace
+from llm_unlearn.serving.simulation.trace import Trace, invent_trace, read_trace
 
 QUERY = {"time": 0, "kind": "query"}
 

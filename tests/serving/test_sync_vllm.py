@@ -17,10 +17,10 @@ from llm_unlearn.exact.copies import known, mark_gone, outstanding
 from llm_unlearn.exact.ledger import Ledger
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.served import read_lineage
-from llm_unlearn.serving.clean import Clean
-from llm_unlearn.serving.http_client import Server
-from llm_unlearn.serving.vllm import Follower, Synced
-from llm_unlearn.serving.vllm_server import MEMORY
+from llm_unlearn.serving.outside.http_client import Server
+from llm_unlearn.serving.outside.vllm import Follower, Synced
+from llm_unlearn.serving.outside.vllm_server import MEMORY
+from llm_unlearn.serving.probe.clean import Clean
 from tests.exact.killing import CHANGES, in_child, kill_at
 from tests.serving.loopback import running
 from tests.serving.loopback_vllm import LoopbackVllm, error

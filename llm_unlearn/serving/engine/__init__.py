@@ -1,0 +1,1 @@
+"""The model's side: continuous batches over adapters, in step with the ledger."""

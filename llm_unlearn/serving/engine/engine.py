@@ -1,0 +1,231 @@
+"""The engine: one thread that owns the model, answers what waits, and does what the ledger says.
+
+A round of its loop: look at the ledger if anything begins or time has passed; do to the memory and to
+the answers under way what a deletion asks for; let those that wait begin; one token for every row.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from llm_unlearn.errors import UserError
+from llm_unlearn.exact.library import ServedChangedError
+from llm_unlearn.serving.engine.answering import Answering
+from llm_unlearn.serving.engine.answers import Running
+from llm_unlearn.serving.engine.memory import Memory
+from llm_unlearn.serving.engine.reading import Reading
+from llm_unlearn.serving.policy import Policy
+from llm_unlearn.serving.queries import (
+    EngineState,
+    Failure,
+    Listener,
+    Query,
+    QueueFull,
+    Resident,
+    Ticket,
+)
+
+LOOK_SECONDS = 0.05  # between two looks at the ledger while nothing begins
+RETRY_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class BatchEngine:
+    """Answers queries in one continuous batch; see `queries.Engine`.
+
+    Args:
+        reading: makes texts of tokens and tokens of texts.
+        policy: what becomes of a query that cannot be certified.
+        max_batch: rows in one forward pass.
+        max_waiting: queries that wait or are held; one more is refused.
+        on_change: called from the engine's thread when the memory has followed the ledger.
+        on_uncertified: called when a query could not be certified.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        reading: Reading,
+        policy: Policy,
+        max_batch: int = 64,
+        max_waiting: int = 256,
+        on_change: Callable[[], None] = lambda: None,
+        on_uncertified: Callable[[], None] = lambda: None,
+    ):
+        self.policy, self.reading, self.memory = policy, reading, memory
+        self.max_waiting = max_waiting
+        self.answering = Answering(memory, reading, policy, max_batch, on_uncertified)
+        self._on_change = on_change
+        self._waiting: deque[Running] = deque()
+        self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._wake = threading.Condition()
+        self._is_noticed = True
+        self._is_changed = False
+        self._is_draining = self._is_closed = False
+        self._looked = 0.0
+        self._seconds = 1.0  # that an answer takes, lately
+        self._residents: tuple[Resident, ...] = ()
+        self._names: frozenset[str] = frozenset()
+        self._list_residents()
+        self._state = self._describe(is_ready=True)
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, query: Query, listen: Listener) -> Ticket:
+        running = self.reading.begin(query, listen, self._names)
+        with self._wake:
+            if self._is_draining or self._is_closed:
+                raise QueueFull(RETRY_SECONDS)
+            waiting = [r for r in (*self._waiting, *self.answering.held) if not r.is_cancelled]
+            if len(waiting) >= self.max_waiting:
+                raise QueueFull(max(RETRY_SECONDS, self._seconds))
+            self._waiting.append(running)
+            self._wake.notify()
+        return running
+
+    def state(self) -> EngineState:
+        state, counts = self._state, self._counts
+        residents = tuple(replace(r, in_flight=counts[r.name]) for r in state.residents)
+        return replace(state, residents=residents)
+
+    def digests_in_memory(self) -> dict[str, str]:
+        return self._ask(self.memory.digests)
+
+    def notice(self) -> None:
+        with self._wake:
+            self._is_noticed = True
+            self._wake.notify()
+
+    def drain(self, seconds: float) -> bool:
+        with self._wake:
+            self._is_draining = True
+            self._wake.notify()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if not self._waiting and not self.answering.running:
+                break
+            time.sleep(LOOK_SECONDS)
+        is_done = not (self._waiting or self.answering.running or self.answering.held)
+        return is_done
+
+    def close(self) -> None:
+        with self._wake:
+            self._is_closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _ask(self, task: Callable[[], Any]) -> Any:
+        """Let the engine's thread do something between two tokens."""
+        future: Future[Any] = Future()
+        with self._wake:
+            if self._is_closed:
+                raise RuntimeError("the engine is closed")
+            self._tasks.append((task, future))
+            self._wake.notify()
+        return future.result()
+
+    def _loop(self) -> None:
+        while not self._is_closed:
+            try:
+                self._round()
+            except ServedChangedError:
+                self.memory.is_stale = True
+                self._is_noticed = True
+                self._waiting.extendleft(reversed(self.answering.take_back()))
+            except (UserError, OSError) as error:
+                self._fail(f"{error}")
+            except Exception as error:  # one bad batch does not end the service
+                log.exception("the engine failed")
+                self._fail(type(error).__name__)
+        for running in [*self.answering.abandon(), *self._waiting]:
+            running.listen(Failure("unavailable", "the server stops", RETRY_SECONDS))
+        self._run_tasks()
+
+    def _fail(self, reason: str) -> None:
+        """Nothing of what is under way can be trusted to go on."""
+        for running in self.answering.abandon():
+            running.listen(Failure("unavailable", f"try again: {reason}", RETRY_SECONDS))
+        self.memory.is_stale = True
+        self._state = self._describe(is_ready=False)
+        time.sleep(LOOK_SECONDS)
+
+    def _round(self) -> None:
+        self._sleep()
+        self._run_tasks()
+        self.answering.sweep()
+        begins = self._taken()
+        # After they were taken: what was acknowledged before they came is seen now.
+        if begins or self._is_noticed or time.monotonic() - self._looked > LOOK_SECONDS:
+            self._look()
+        if begins:
+            self.answering.begin(begins)
+        self.answering.step()
+        self._note()
+
+    def _sleep(self) -> None:
+        """Wait while there is nothing to do, but look at the ledger now and then."""
+        with self._wake:
+            is_idle = not (self._waiting or self.answering.running or self._tasks)
+            if is_idle and not self._is_noticed and not self._is_closed:
+                self._wake.wait(LOOK_SECONDS)
+
+    def _run_tasks(self) -> None:
+        while self._tasks:
+            task, future = self._tasks.popleft()
+            try:
+                future.set_result(task())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _taken(self) -> list[Running]:
+        with self._wake:
+            taken: list[Running] = []
+            while self._waiting and self.answering.has_room(len(taken)):
+                taken.append(self._waiting.popleft())
+        return [running for running in taken if not running.is_cancelled]
+
+    def _look(self) -> None:
+        self._is_noticed = False
+        self._looked = time.monotonic()
+        change = self.memory.refresh()
+        if change is not None:
+            self.answering.follow(change)
+            self._list_residents()
+            self._is_changed = True
+        # First in the queue again, in the order in which they were asked.
+        self._waiting.extendleft(reversed(self.answering.released()))
+
+    def _note(self) -> None:
+        finished = self.answering.seconds
+        if finished:
+            self._seconds = 0.8 * self._seconds + 0.2 * finished[-1]
+            finished.clear()
+        self._state = self._describe(is_ready=not self._is_draining)
+        if self._is_changed:  # after the state says so
+            self._is_changed = False
+            self._on_change()
+
+    def _list_residents(self) -> None:
+        """There can be a thousand: listed when they change, not for every token."""
+        self._residents = self.memory.residents()
+        self._names = frozenset(r.name for r in self._residents if r.state != "withdrawn")
+
+    def _describe(self, is_ready: bool) -> EngineState:
+        answering = self.answering
+        self._counts = Counter(answering.names_read())
+        return EngineState(
+            epoch=self.memory.epoch,
+            residents=self._residents,
+            loaded=tuple(self.memory.loaded()),
+            affected=tuple(sorted(self.memory.affected(self.policy.target))),
+            running=len(answering.running),
+            waiting=len(self._waiting),
+            held=len(answering.held),
+            is_ready=is_ready,
+        )

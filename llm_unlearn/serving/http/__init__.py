@@ -1,0 +1,1 @@
+"""The HTTP side: OpenAI's addresses, deletions, tokens, limits, an audit log."""

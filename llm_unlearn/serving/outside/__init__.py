@@ -1,0 +1,1 @@
+"""Servers of others: vLLM, and how they are asked."""

@@ -1,0 +1,1 @@
+"""Every serving policy on the same queries and deletions, before anything is deployed."""
