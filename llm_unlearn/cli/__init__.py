@@ -12,6 +12,7 @@ from llm_unlearn.cli import copying
 from llm_unlearn.cli import reporting
 from llm_unlearn.cli import publishing
 from llm_unlearn.cli import evaluations
+from llm_unlearn.cli import memorizing
 # isort: on
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "deleting",
     "evaluations",
     "main",
+    "memorizing",
     "publishing",
     "reporting",
     "runs",

@@ -26,6 +26,7 @@ KNOWN_FILES = {
     "generations": r"[0-9a-f]{16}/(shard-\d+|core)/"
     r"(README\.md|lineage\.json|adapter_(model\.safetensors|config\.json)|words-\d+\.safetensors)",
     "certificates": r"[0-9a-f]{16}\.json(\.tsr)?",
+    "memorization": r"([0-9a-f]{64}|scores|counterfactual-\d{3,})\.parquet",
 }
 
 COPIES = "copies of the run directory or of earlier served adapters (backups, downloads, the Hub, other servers)"
