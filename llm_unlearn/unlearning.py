@@ -275,7 +275,7 @@ def answer_requests(
     source, adapter = str(model_arguments.model_name_or_path), arguments.adapter
     places = [output / request.name if many else output for request in requests]
     for place in places:
-        _check_output(place, [source, adapter or source])
+        check_output(place, [source, adapter or source])
     watching = make_watching(arguments)
     reports = []
     for request, place in zip(requests, places, strict=True):
@@ -298,7 +298,7 @@ def answer_requests(
     return reports
 
 
-def _check_output(output: Path, sources: Sequence[str]) -> None:
+def check_output(output: Path, sources: Sequence[str]) -> None:
     """A model that is there is not written over, unless it is an earlier result."""
     from llm_unlearn.approximate.result import REPORT_NAME
 

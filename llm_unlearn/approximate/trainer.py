@@ -53,6 +53,7 @@ class UnlearningTrainer(Trainer):
     Attributes:
         history: means of every term, by optimizer step.
         diverged_at: the step whose loss was no number, after which training ended.
+        observer: is told what every forward pass gives; set it before `run`.
     """
 
     # Our losses are divided by what the whole step holds.
@@ -68,7 +69,6 @@ class UnlearningTrainer(Trainer):
         stopper: SampleStopper | None = None,
         modifier: GradientModifier | None = None,
         on_step: Callable[[int, int], None] | None = None,
-        observer: Observer | None = None,
     ):
         self.method = method
         self.session = session
@@ -76,7 +76,7 @@ class UnlearningTrainer(Trainer):
         self.rows = PairedRows(session.sides)
         self.watch = watch
         self.modifier = modifier
-        self.observer = observer
+        self.observer: Observer | None = None
         self.history: list[dict[str, float]] = []
         self.diverged_at: int | None = None
         self._step_terms: dict[str, Tensor] = {}

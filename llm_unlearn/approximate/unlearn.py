@@ -198,8 +198,9 @@ def train(
     stopper = make_stopper(config.stop_samples, session, method)
     modifier = make_modifier(config.retain_projection, session)
     trainer = UnlearningTrainer(
-        config, method, session, reference, watch, stopper, modifier, on_step, observer
+        config, method, session, reference, watch, stopper, modifier, on_step
     )
+    trainer.observer = observer
     with trainer.accelerator.autocast():
         reference.prepare(method.needs(), session.sides)
     checkpoint = last_checkpoint(work)

@@ -67,7 +67,7 @@ def _show(found: "Findings", most: int, show_text: bool) -> None:
             )
         controlled = "–" if line.controlled is None else f"{line.controlled:.2f}"
         flat = "flat" if line.flat else ""
-        rows.append([line.name, *numbers, f"{line.length:.2f}", rho, controlled, flat])
+        rows.append([line.name, *numbers, _cell(line.length), rho, controlled, flat])
     console.print_table(
         escape(f"{found.label}: {len(found.records)} records, higher = more memorized"),
         ("score", "mean", "low third", "middle", "high third", "with length", "with reference",
@@ -93,6 +93,6 @@ def _show(found: "Findings", most: int, show_text: bool) -> None:
 
 
 def _cell(value: object) -> str:
-    if value is None:
+    if value is None or value != value:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

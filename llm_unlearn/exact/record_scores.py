@@ -81,10 +81,7 @@ def drop_deleted(
     changed = 0
     for name in tables.names():
         path = tables.path / f"{name}{SUFFIX}"
-        if is_of_node(name):
-            kept = name in wanted
-        else:
-            kept = _without(tables, name, gone)
+        kept = name in wanted if is_of_node(name) else _without(tables, name, gone)
         if kept is True:
             continue
         changed += 1

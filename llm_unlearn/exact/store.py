@@ -48,8 +48,8 @@ KEYS_NAME = "keys.safetensors"
 OWN_ENTRIES = (
     "run.json", "secret.key", KEYS_NAME, "ledger.sqlite", "ledger.sqlite-journal", "ledger.url", "ledger.head",
     "ledger.head.part", "ledger.lock", "records", "nodes",
-    SETTINGS_NAME, KEY_FILE_NAME,
-    "served", "generations", "cache", "trainer", "memorization", "certificates", "signing.key", "signing.pub", "policy.toml",
+    SETTINGS_NAME, KEY_FILE_NAME, "memorization",
+    "served", "generations", "cache", "trainer", "certificates", "signing.key", "signing.pub", "policy.toml",
     "rebuild.log", "state.lock", "train.lock", "export.lock",
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ somebody wants gone and has no place where a deletion must be certain.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def spread(values: Floats, subsets: Sequence[Numbers]) -> Spread:
     """How far the subsets are apart, and how many records have the score that a cut falls on."""
     means = tuple(float(values[part].mean()) for part in subsets)
     tied = 0
-    for lower, upper in zip(subsets, subsets[1:], strict=False):
+    for lower, upper in pairwise(subsets):
         edge = values[lower].max()
         if edge >= values[upper].min():
             tied = max(tied, int((values == edge).sum()))

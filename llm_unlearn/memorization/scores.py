@@ -68,9 +68,9 @@ def with_ties_broken(values: Floats, by: Floats) -> Floats:
     """
     known = np.flatnonzero(~(np.isnan(values) | np.isnan(by)))
     levels = np.unique(values[known])
-    if len(known) < 2:
-        return values
-    smallest = float(np.diff(levels).min()) if len(levels) > 1 else 1.0
+    if len(levels) < 2:
+        return values  # flat is flat
+    smallest = float(np.diff(levels).min())
     place = np.empty(len(known))
     place[np.argsort(by[known], kind="stable")] = np.arange(len(known))
     told = values.copy()

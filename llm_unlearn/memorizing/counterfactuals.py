@@ -65,7 +65,7 @@ def measure_counterfactual(
     shape = [lora.r, lora.lora_alpha, lora.lora_dropout]
     about = {"kind": "counterfactual", "config": digest([flags, shape]), "base": base_digest(base)}
     return run_counterfactual(
-        target.tables, target.records, train_and_probe, plan, about, say, target.keep
+        target.tables, target.records, train_and_probe, plan, about, say, target.write
     )
 
 

@@ -1,6 +1,6 @@
 """Scores of records: what training showed of them, and what a model shows when it is asked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,15 @@ from llm_unlearn.data.records import Record, digest
 from llm_unlearn.errors import UserError
 from llm_unlearn.memorization.orientation import LEARNING, REFERENCE, SCORES, Floats, oriented
 from llm_unlearn.memorization.scores import learning_scores, with_ties_broken
-from llm_unlearn.memorizing.targets import Target
-from llm_unlearn.record_tables import FOLDER, RECORD, SUBJECT, TableFolder, make_table
+from llm_unlearn.memorizing.targets import Target, named_by_content
+from llm_unlearn.record_tables import (
+    FOLDER,
+    RECORD,
+    SUBJECT,
+    RecordTable,
+    TableFolder,
+    make_table,
+)
 
 if TYPE_CHECKING:
     from llm_unlearn.approximate.arguments import UnlearningConfig
@@ -39,29 +46,38 @@ def keep_observations(
     seen = observer.collect()
     if not PartialState().is_main_process:
         return
-    rows = [records[number] for number in seen.pop("index")]
+    named = named_by_content(records)
+    rows = [named[number] for number in seen.pop("index")]
     told = digest([config.method, training_flags(config)])
     about = {"kind": TRAINING, "config": told, "base": base_digest(model)}
     tables = TableFolder(place / FOLDER)
     tables.write(TRAINING, make_table(tables.key, rows, seen, about))
 
 
-def observed(tables: TableFolder, pseudonyms: Sequence[str]) -> dict[str, Floats]:
-    """Oriented learning scores of records from all trainings whose tables are there, by name."""
-    number = {name: place for place, name in enumerate(pseudonyms)}
-    parts: list[dict[str, NDArray[Any]]] = []
-    for name in tables.names():
-        table = tables.read(name)
+def trainings(target: Target) -> Iterator[RecordTable]:
+    """What each tracked training saw."""
+    for name in target.tables.names():
+        table = target.tables.read(name)
         if table.about.get("kind") == TRAINING:
-            known = table.where(np.array([one in number for one in table.columns[RECORD]], bool))
-            index = np.array([number[one] for one in known.columns[RECORD]], np.int64)
-            run = np.full(len(index), len(parts))
-            parts.append({**known.columns, "index": index, "run": run})
+            yield table
+
+
+def observed(target: Target) -> dict[str, Floats]:
+    """Oriented learning scores of a target's records from all its tracked trainings, by name."""
+    if not target.tables.names():
+        return {}
+    number = {name: place for place, name in enumerate(target.pseudonyms())}
+    parts: list[dict[str, NDArray[Any]]] = []
+    for table in trainings(target):
+        known = table.where(np.array([one in number for one in table.columns[RECORD]], bool))
+        index = np.array([number[one] for one in known.columns[RECORD]], np.int64)
+        run = np.full(len(index), len(parts))
+        parts.append({**known.columns, "index": index, "run": run})
     names = set.intersection(*(set(part) for part in parts)) if parts else set()
     columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
     if not parts or not len(columns["index"]):
         return {}
-    found = learning_scores(columns, len(pseudonyms))
+    found = learning_scores(columns, len(number))
     return {name: values for name, values in found.items() if not np.isnan(values).all()}
 
 
@@ -97,7 +113,7 @@ def score(
     """
     if unknown := set(wanted) - set(SCORES):
         raise UserError(f"unknown score {min(unknown)!r}: one of {', '.join(SCORES)}")
-    seen = observed(target.tables, target.pseudonyms())
+    seen = observed(target)
     names = [name for name in wanted if name not in REFERENCE] or list(seen) or list(LEARNING)
     missing = [name for name in names if name not in seen]
     count = len(target.records)
@@ -128,12 +144,10 @@ def _tokens(target: Target) -> Floats:
     """Supervised tokens as training counted them."""
     number = {name: place for place, name in enumerate(target.pseudonyms())}
     found = np.full(len(number), np.nan)
-    for name in target.tables.names():
-        table = target.tables.read(name)
-        if table.about.get("kind") == TRAINING:
-            for one, tokens in zip(table.columns[RECORD], table.columns["tokens"], strict=True):
-                if one in number:
-                    found[number[one]] = tokens
+    for table in trainings(target):
+        for one, tokens in zip(table.columns[RECORD], table.columns["tokens"], strict=True):
+            if one in number:
+                found[number[one]] = tokens
     return found
 
 
@@ -158,7 +172,7 @@ def _measured(
             found.setdefault(name, np.full(count, np.nan))[numbers] = values
     extra = {name: values for name, values in held.items() if name not in (RECORD, SUBJECT)}
     found = {**extra, **found}
-    target.keep(MEASURED, make_table(target.tables.key, target.records, found, about))
+    target.keep(MEASURED, found, about)
     return found
 
 

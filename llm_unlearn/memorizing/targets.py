@@ -1,12 +1,20 @@
 """Whose records are scored: a run's, or those that a model with its tables beside it learnt."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llm_unlearn.data.records import Record
+from llm_unlearn.data.records import Record, digest
 from llm_unlearn.errors import UserError
-from llm_unlearn.record_tables import FOLDER, RECORD, SUBJECT, RecordTable, TableFolder
+from llm_unlearn.record_tables import (
+    FOLDER,
+    RECORD,
+    SUBJECT,
+    RecordTable,
+    TableFolder,
+    make_table,
+)
 
 Group = tuple[Any, Any, list[int]]
 """A model, its tokenizer, and the numbers of the records that it is asked about."""
@@ -17,6 +25,7 @@ class Target:
 
     Attributes:
         path: the model's directory.
+        max_length, completion_only: how records are encoded; `learning_rate`: what it was trained with.
     """
 
     max_length, completion_only, learning_rate = 1024, True, 2e-4
@@ -49,8 +58,25 @@ class Target:
     def pseudonyms(self) -> list[str]:
         return [self.tables.key.pseudonym("record", record.id) for record in self.records]
 
-    def keep(self, name: str, table: RecordTable) -> None:
+    def keep(self, name: str, columns: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Write a table with a row for each record."""
+        self.write(name, make_table(self.tables.key, self.records, columns, about))
+
+    def write(self, name: str, table: RecordTable) -> None:
         self.tables.write(name, table)
+
+
+class LoadedTarget(Target):
+    """A model in memory, beside which nothing is kept."""
+
+    def __init__(self, model: Any, tokenizer: Any, records: Sequence[Record]):
+        super().__init__(Path("nowhere"), records)
+        self.group: Group = (model, tokenizer, list(range(len(records))))
+
+    def groups(self) -> Iterator[Group]:
+        yield self.group
+
+    def keep(self, name: str, columns: Mapping[str, Any], about: Mapping[str, Any]) -> None: ...
 
 
 class RunTarget(Target):
@@ -102,7 +128,7 @@ class RunTarget(Target):
 
         return {"model": self.state(), **digests(self.run.directory)}
 
-    def keep(self, name: str, table: RecordTable) -> None:
+    def write(self, name: str, table: RecordTable) -> None:
         """Without what has been deleted while it was measured."""
         from llm_unlearn.exact.settling import settle
 
@@ -131,4 +157,9 @@ def open_target(path: Path, records: Sequence[Record] | None = None) -> Target:
         raise UserError(f"{path} is no run and no model's directory")
     if not records:
         raise UserError("which records did the model learn? Give --records FILE")
-    return Target(path, records)
+    return Target(path, named_by_content(records))
+
+
+def named_by_content(records: Sequence[Record]) -> list[Record]:
+    """Records under ids that the same text has in every file, whatever its subject is called there."""
+    return [replace(record, id=digest(record.content)) for record in records]
