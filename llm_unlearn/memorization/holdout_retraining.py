@@ -75,11 +75,11 @@ def _adapted(model: Any) -> Iterator[tuple[Any, list[nn.Parameter]]]:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     is_fresh = not isinstance(model, PeftModel)
+    had = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tuned: Any = get_peft_model(model, lora) if is_fresh else model
-    had = {name: p.requires_grad for name, p in tuned.named_parameters()}
     factors = [p for name, p in tuned.named_parameters() if ".lora_" in name]
     for parameter in tuned.parameters():
         parameter.requires_grad_(False)
@@ -90,10 +90,10 @@ def _adapted(model: Any) -> Iterator[tuple[Any, list[nn.Parameter]]]:
             raise UserError("the model's adapter is not a LoRA: merge it first")
         yield tuned, factors
     finally:
-        for name, parameter in tuned.named_parameters():
-            parameter.requires_grad_(had[name])
         if is_fresh:
             tuned.unload()
+        for parameter, had_gradient in had:
+            parameter.requires_grad_(had_gradient)
 
 
 @contextmanager
