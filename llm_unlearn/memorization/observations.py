@@ -56,14 +56,24 @@ class Observations:
         self._before = {name: np.asarray(values) for name, values in columns.items()}
 
     def _columns(self) -> dict[str, NDArray[Any]]:
+        """What this process saw."""
         parts = [self._before] if self._before else []
         for index, epoch, values in self._seen:
-            told = {name: one.float().cpu().numpy() for name, one in values.items()}
-            numbers = index.cpu().numpy().astype(np.int64)
+            told = {name: one.cpu().numpy() for name, one in values.items()}
+            numbers = index.cpu().numpy()
             told |= {"index": numbers, "epoch": np.full(len(numbers), epoch)}
             told["tokens"] = np.nan_to_num(told["tokens"]).astype(np.int64)
             parts.append(told)
-        return merged(parts)
+        return joined(parts)
+
+
+def joined(parts: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """One after the other; empty columns of nothing."""
+    parts = [part for part in parts if part and len(part["index"])]
+    names = [n for n in (*COUNTS, *ROW_VALUES) if parts and all(n in part for part in parts)]
+    if not names:
+        return {name: np.zeros(0, np.int64) for name in COUNTS}
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
 def merged(parts: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
@@ -71,12 +81,8 @@ def merged(parts: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
 
     Rows that fill up a batch have no tokens that count, or are seen twice in an epoch: those go.
     """
-    parts = [part for part in parts if part and len(part["index"])]
-    names = [n for n in (*COUNTS, *ROW_VALUES) if parts and all(n in part for part in parts)]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
-    if not columns:
-        return {name: np.zeros(0, np.int64) for name in COUNTS}
+    columns = joined(parts)
     columns = {name: values[columns["tokens"] > 0] for name, values in columns.items()}
-    places = np.stack([columns["index"], columns["epoch"]])
-    _, first = np.unique(places, axis=1, return_index=True)
+    epochs = int(columns["epoch"].max(initial=0)) + 1
+    _, first = np.unique(columns["index"] * epochs + columns["epoch"], return_index=True)
     return {name: values[first] for name, values in columns.items()}
