@@ -89,6 +89,8 @@ class RefineArguments:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.refine_with, str):
+            self.refine_with = [self.refine_with]
         if self.refine is None:
             if self.refine_with or self.refine_control != "none" or self.pending_in_retain:
                 raise UserError("the flags of a refinement need --refine SCORE")
