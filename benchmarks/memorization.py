@@ -1,11 +1,11 @@
 """What tracking costs, and which score finds what a model has memorized.
 
     python benchmarks/memorization.py                      the demonstration: 4 minutes on one core
-    python benchmarks/memorization.py --runs 32 --repeats 5
+    python benchmarks/memorization.py --runs 64 --repeats 8
     python benchmarks/memorization.py --tofu full.json --authors 10 --base tofu-base
 
 First the same fine-tuning with and without tracking, in turns, timed without loading (a training loop each);
-then every score of that model's records beside the counterfactual reference: Spearman's correlation with a 95 %
+then every score of a model's records beside the counterfactual reference: Spearman's correlation with a 95 %
 bootstrap interval over records, the same without what length and the base model's confidence explain, and the
 seconds that the score takes beyond a training that is done anyway. Interrupted? The same command goes on with the
 run of the reference that is missing (--output_dir).
@@ -44,7 +44,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=8, help="of the reference")
+    parser.add_argument("--runs", type=int, default=16, help="of the reference")
     parser.add_argument("--repeats", type=int, default=4, help="of each timed training")
     parser.add_argument("--tofu", type=Path, help="TOFU's full.json")
     parser.add_argument("--authors", type=int, default=10)
@@ -280,13 +280,14 @@ def main() -> None:
 
 
 def row_of(line: Any, seconds: dict[str, float], of_reference: float) -> tuple[str, ...]:
+    length = "–" if np.isnan(line.length) else f"{line.length:.2f}"
     if line.agreement is None:
-        return (line.name, "", "", "", f"{line.length:.2f}", "", f"{of_reference:.0f}")
+        return (line.name, "", "", "", length, "", f"{of_reference:.0f}")
     rho, lower, upper, _ = line.agreement
     cost = f"{seconds[line.name]:.1f}" if line.name in seconds else "tracked"
     flat = "flat" if line.flat else ""
     return (line.name, f"{rho:.2f}", f"{lower:.2f} to {upper:.2f}", f"{line.controlled:.2f}",
-            f"{line.length:.2f}", flat, cost)  # fmt: skip
+            length, flat, cost)  # fmt: skip
 
 
 if __name__ == "__main__":
