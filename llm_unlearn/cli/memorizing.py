@@ -75,9 +75,10 @@ def _show(found: "Findings", most: int, show_text: bool) -> None:
         rows,
     )  # fmt: skip
     if found.reference is not None:
+        best = max(found.reference.reliability, 0) ** 0.5
         print(
             f"reference: {found.reference.runs} runs, {found.reference.seconds:.0f} s, reliability "
-            f"{found.reference.reliability:.2f} (no score can be expected to agree better)"
+            f"{found.reference.reliability:.2f} (a perfect score would reach about {best:.2f})"
         )
     print(f"\n{found.order}")
     for bar in found.bars():

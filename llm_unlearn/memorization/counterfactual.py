@@ -114,7 +114,7 @@ class Reference(NamedTuple):
         records: pseudonyms, (n,).
         memorization, lower, upper: in [-1, 1]; NaN for a record that was in all runs, or in none.
         reliability: correlation that a second reference of as many runs would have with this one
-            (split halves, Spearman and Brown): a proxy cannot be expected to agree better.
+            (split halves, Spearman and Brown); a score without any noise reaches about its square root.
     """
 
     records: NDArray[Any]

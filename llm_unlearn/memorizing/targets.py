@@ -130,6 +130,7 @@ class RunTarget(Target):
 
     def write(self, name: str, table: RecordTable) -> None:
         """Without what has been deleted while it was measured."""
+        from llm_unlearn.exact import residues
         from llm_unlearn.exact.settling import settle
 
         directory = self.run.directory
@@ -139,6 +140,7 @@ class RunTarget(Target):
                 name for column in (RECORD, SUBJECT) for name in table.columns[column].tolist()
             }
             self.tables.write(name, table.without(gone))
+            residues.destroy_keys(directory)  # that of a table which this one replaces
 
 
 def open_target(path: Path, records: Sequence[Record] | None = None) -> Target:

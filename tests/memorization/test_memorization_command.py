@@ -68,11 +68,12 @@ def test_agreement_with_the_reference(say: Say, tracked: Path) -> None:
         path.unlink()
 
 
+@pytest.mark.parametrize("encrypt", [False, True], ids=["plain", "encrypted"])
 def test_measured_afterwards_kept_and_gone_with_a_deletion(
-    say: Say, tiny_base: Path, tmp_path: Path
+    encrypt: bool, say: Say, tiny_base: Path, tmp_path: Path
 ) -> None:
     path, held = tmp_path / "run", tmp_path / "held.jsonl"
-    make_run(path, tiny_base, num_shards=2, num_slices=1, num_sequences=1)
+    make_run(path, tiny_base, num_shards=2, num_slices=1, num_sequences=1, encrypt=encrypt)
     held.write_text("".join(json.dumps(row) + "\n" for row in make_rows(4, 2, "stranger")))
     asked = ("memorization", path, "--scores", "holdout", "--scores", "gain", "--scores", "curvature",
              "--holdout", held, "--json")  # fmt: skip
@@ -81,6 +82,8 @@ def test_measured_afterwards_kept_and_gone_with_a_deletion(
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     run = S3TRun.open(path)
     assert len(RunTables(run.directory).read("scores")) == 24
+    in_json(say("memorization", path, "--scores", "confidence", "--json"))  # written again
+    assert all(check.passed for check in run.verify())
     run.delete(["person 3"])
     assert len(RunTables(run.directory).read("scores")) == 22
     assert all(check.passed for check in run.verify())

@@ -1,5 +1,6 @@
 """Tracking a run: no bit of it changes, and what was seen of a record goes with the record."""
 
+import json
 import shutil
 import stat
 from pathlib import Path
@@ -20,8 +21,10 @@ from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.memorization.observations import Observations
 from llm_unlearn.record_tables import FOLDER, make_table
 from tests.exact.killing import in_child, kill_at
+from tests.test_recipes import flags, load_recipe
 from tests.tiny import (
     load_tiny,
+    make_rows,
     make_run,
     make_stub_run,
     node_bytes,
@@ -189,7 +192,8 @@ def test_verify_finds_rows_of_the_deleted(tracked: Path) -> None:
     run.delete([VICTIM])
     with run.directory.changing("testing"):
         RunTables(run.directory).write("scores", table)
-    (problem,) = [p for check in run.verify() for p in check.problems]
+    (check,) = [check for check in run.verify() if check.name == "residues"]
+    (problem,) = check.problems
     assert "rows of deleted records" in problem
 
 
@@ -212,3 +216,14 @@ def test_a_node_that_a_deletion_overtakes_leaves_no_table(
     assert (report.trained, report.discarded) == (1, 1)
     assert rows_of(run, VICTIM) == 0 and rows_of(run, "person 5") > 0
     assert set(RunTables(run.directory).names()) == set(run.directory.nodes.keys())
+
+
+def test_the_recipe_tracks_with_one_flag(tiny_base: Path, tmp_path: Path) -> None:
+    data, path = tmp_path / "rows.jsonl", tmp_path / "run"
+    data.write_text("\n".join(json.dumps(row) for row in make_rows()))
+    given = flags(tiny_base, data, path, "--subject_column", "subject")
+    load_recipe("s3t")([*given, "--track_memorization"])
+    run = S3TRun.open(path)
+    assert set(RunTables(run.directory).names()) == set(run.directory.nodes.keys())
+    # The flag is no part of what the run is: without it the same run goes on.
+    load_recipe("s3t")(given)
