@@ -23,10 +23,12 @@ from llm_unlearn.record_tables import FOLDER, make_table
 from tests.exact.killing import in_child, kill_at
 from tests.test_recipes import flags, load_recipe
 from tests.tiny import (
+    StubBase,
     load_tiny,
     make_rows,
     make_run,
     make_stub_run,
+    make_tiny_tokenizer,
     node_bytes,
     served_bytes,
     stubbed_training,
@@ -227,3 +229,32 @@ def test_the_recipe_tracks_with_one_flag(tiny_base: Path, tmp_path: Path) -> Non
     assert set(RunTables(run.directory).names()) == set(run.directory.nodes.keys())
     # The flag is no part of what the run is: without it the same run goes on.
     load_recipe("s3t")(given)
+
+
+def test_where_a_node_is_its_table_is(tmp_path: Path, without_fsync: None) -> None:
+    """Killed anywhere in a tracked training: no node without what was seen, and the next call finishes."""
+
+    def train(path: Path) -> None:
+        S3TRun.open(path).train(StubBase(), make_tiny_tokenizer(), track=Observations)  # pyright: ignore
+
+    point, places = 0, ((files, "write_bytes"), (files, "publish_directory"))
+    with stubbed_training():
+        while True:
+            point += 1
+            path = tmp_path / f"run-{point}"
+            make_stub_run(path, tiny_records(), num_slices=2, num_sequences=1)
+
+            def doomed(point: int = point, path: Path = path) -> None:
+                kill_at(point, places)
+                train(path)
+
+            outcome = in_child(doomed)
+            assert outcome in (None, 0), point
+            directory = S3TRun.open(path).directory
+            assert set(directory.nodes.keys()) <= set(RunTables(directory).names()), point
+            train(path)
+            assert len(directory.nodes.keys()) == 2 == len(RunTables(directory).names()), point
+            assert all(check.passed for check in S3TRun.open(path).verify()), point
+            if outcome == 0:
+                break
+    assert point > 6
