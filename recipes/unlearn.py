@@ -114,7 +114,7 @@ def read_stages(argv, refinement, config, method):
 
 def refined(arguments, refinement, stages, model_arguments, requests, speaks: bool):
     from llm_unlearn.console import attack_progress
-    from llm_unlearn.memorizing.refining import answer_refined
+    from llm_unlearn.memorizing.refined_requests import answer_refined
 
     if len(requests) > 1:
         raise UserError("--refine parts one forget set: leave --sequential and --growing out")
@@ -134,7 +134,7 @@ def read_flags(argv: list[str], partly: bool = False):
     from llm_unlearn.approximate.arguments import UnlearningConfig
     from llm_unlearn.approximate.methods import load_method
     from llm_unlearn.demonstration import unlearning_defaults
-    from llm_unlearn.memorizing.refining import RefineArguments
+    from llm_unlearn.memorizing.refine_arguments import RefineArguments
     from llm_unlearn.unlearning import RequestArguments
 
     argv = ["--as_json" if argument == "--json" else argument for argument in argv]

@@ -7,13 +7,9 @@ from typing import Any
 from llm_unlearn.approximate.arguments import UnlearningConfig
 from llm_unlearn.approximate.unlearn import make_method
 from llm_unlearn.leaderboard.plan import REFINED, World
-from llm_unlearn.memorizing.refining import (
-    RefineArguments,
-    Stage,
-    forget_scores,
-    make_plan,
-    unlearn_refined,
-)
+from llm_unlearn.memorizing.refine_arguments import RefineArguments
+from llm_unlearn.memorizing.refined_requests import forget_scores
+from llm_unlearn.memorizing.refining import Stage, make_plan, unlearn_refined
 from llm_unlearn.models import with_adapter
 
 BUDGET = "npo"

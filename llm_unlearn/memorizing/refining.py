@@ -1,26 +1,21 @@
 """RUM: a forget set in homogeneous subsets, one after another, each with a method of its own or none.
 
-The flags of `recipes/unlearn.py --refine`, and what they do. Each subset is a request that goes on from the model
-that the last one left; all together take as many optimizer steps as the whole forget set at once would.
+Each goes on from the model that the last one left; all together take as many optimizer steps as the whole forget
+set at once would.
 """
 
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from llm_unlearn import files
 from llm_unlearn.data.records import Record, digest
 from llm_unlearn.errors import UserError
-from llm_unlearn.memorization.counterfactual import read_reference
-from llm_unlearn.memorization.orientation import SCORES, Floats
+from llm_unlearn.memorization.orientation import Floats
 from llm_unlearn.memorization.refinement import (
-    CONTROLS,
-    PARTS,
     Numbers,
     describe,
     refine,
@@ -28,89 +23,15 @@ from llm_unlearn.memorization.refinement import (
     share_steps,
     shuffled,
 )
-from llm_unlearn.memorizing.scoring import observed, score
-from llm_unlearn.memorizing.targets import LoadedTarget, RunTarget, Target, named_by_content
-from llm_unlearn.models import run_of
-from llm_unlearn.unlearning import (
-    Gather,
-    Request,
-    RequestArguments,
-    check_output,
-    load_trainable,
-    lora_of,
-    read_source,
-)
+from llm_unlearn.memorizing.refine_arguments import RefineArguments
 
 if TYPE_CHECKING:
-    from trl import ModelConfig
-
     from llm_unlearn.approximate.arguments import UnlearningConfig
     from llm_unlearn.approximate.method import Method
     from llm_unlearn.approximate.result import Report
 
 NONE = "none"
 PLAN_NAME, STAGES = "refinement.json", "stages"
-
-
-@dataclass
-class RefineArguments:
-    """How a forget set is refined; without `--refine` it is not."""
-
-    refine: str | None = field(
-        default=None,
-        metadata={
-            "help": "RUM: unlearn the forget set in subsets, parted by this memorization score, low to high."
-        },
-    )
-    refine_with: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "A method for each subset, least memorized first, or none (--method for all).",
-            "action": Gather,
-        },
-    )
-    refine_parts: int = field(default=PARTS, metadata={"help": "How many subsets."})
-    refine_control: str = field(
-        default="none",
-        metadata={"help": "shuffle (random subsets) or vanilla (all at once), in as many steps."},
-    )
-    pending_in_retain: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep later subsets until their turn, as the paper does; not where a deletion is due."
-        },
-    )
-    scores_of: str | None = field(
-        default=None,
-        metadata={"help": "Model or run whose training was tracked (default: the one to forget)."},
-    )
-    holdout: str | None = field(
-        default=None, metadata={"help": "--refine holdout: data that the model never saw."}
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.refine_with, str):
-            self.refine_with = [self.refine_with]
-        if self.refine is None:
-            if self.refine_with or self.refine_control != "none" or self.pending_in_retain:
-                raise UserError("the flags of a refinement need --refine SCORE")
-            return
-        if self.refine not in SCORES:
-            raise UserError(f"--refine {self.refine!r}: one of {', '.join(SCORES)}")
-        if self.refine_control not in CONTROLS:
-            raise UserError(
-                f"--refine_control is one of {', '.join(CONTROLS)}, got {self.refine_control!r}"
-            )
-        if self.refine_with and len(self.refine_with) not in (1, self.refine_parts):
-            raise UserError(
-                f"--refine_with names a method for each of {self.refine_parts} subsets (or one for all), "
-                f"got {len(self.refine_with)}"
-            )
-
-    def methods(self, default: str) -> list[str]:
-        """A method's name, or `none`, for each subset, least memorised first."""
-        given = self.refine_with or [default]
-        return given * self.refine_parts if len(given) == 1 else given
 
 
 @dataclass(frozen=True)
@@ -313,73 +234,3 @@ def _remove(work: Path) -> None:
     doomed = files.temporary_name(work)
     work.rename(doomed)
     files.remove(doomed)
-
-
-def answer_refined(
-    arguments: RequestArguments,
-    refinement: RefineArguments,
-    stages: Sequence[Stage],
-    model_arguments: "ModelConfig",
-    request: Request,
-    say: Callable[[str], None] = lambda _: None,
-) -> "list[Report]":
-    """What `recipes/unlearn.py --refine` does with its request.
-
-    Args:
-        stages: one for each subset, and last the flags of `--method`, whose steps are the budget.
-    """
-    *parts, whole = stages
-    config = whole.config
-    assert config is not None
-    source, output = str(model_arguments.model_name_or_path), Path(str(config.output_dir))
-    check_output(output, [source, arguments.adapter or source])
-
-    def load(place: str | None) -> tuple[Any, Any]:
-        if place is not None:
-            return load_trainable(place, None, False, model_arguments)
-        return load_trainable(source, arguments.adapter, arguments.any_base, model_arguments)
-
-    place = refinement.scores_of or arguments.run or arguments.adapter or source
-    say(f"scores: {refinement.refine}")
-    scores = forget_scores(refinement, Path(place), request.forget, load, config)
-    chosen = [whole] if refinement.refine_control == "vanilla" else parts
-    plan = make_plan(refinement, scores, chosen, config)
-    return unlearn_refined(
-        plan, chosen, request.forget, request.retain, load, output, lora_of(model_arguments), say
-    )
-
-
-def forget_scores(
-    refinement: RefineArguments,
-    place: Path,
-    forget: Sequence[Record],
-    load: Callable[[str | None], tuple[Any, Any]],
-    config: "UnlearningConfig",
-) -> Floats:
-    """Oriented scores of forget records: what training showed, the reference's, or measured on the model.
-
-    Args:
-        place: a run, or a model with its tables beside it.
-    """
-    name = str(refinement.refine)
-    run = run_of(place)
-    target = RunTarget(run) if run else Target(place, named_by_content(forget))
-    wanted = forget if run else target.records
-    seen = observed(target)
-    if target.tables.names() and (reference := read_reference(target.tables)):
-        known = dict(zip(reference.records.tolist(), reference.memorization, strict=True))
-        seen["counterfactual"] = np.array([known.get(one, np.nan) for one in target.pseudonyms()])
-    if name in seen:
-        number = {record.id: place for place, record in enumerate(target.records)}
-        at = [number.get(record.id) for record in wanted]
-        return np.array([np.nan if one is None else seen[name][one] for one in at])
-    if name == "counterfactual":
-        raise UserError(
-            f"{place} has no counterfactual runs: see `llm-unlearn memorization --help`"
-        )
-    model, tokenizer = load(None)
-    loaded = LoadedTarget(model.to(config.device), tokenizer, named_by_content(forget))
-    loaded.max_length, loaded.completion_only = config.max_length, config.completion_only_loss
-    loaded.learning_rate = config.learning_rate
-    held = read_source(refinement.holdout) if refinement.holdout else ()
-    return score(loaded, [name], held).scores[name]

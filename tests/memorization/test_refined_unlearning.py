@@ -12,13 +12,8 @@ from llm_unlearn.approximate.arguments import UnlearningConfig
 from llm_unlearn.approximate.unlearn import make_method
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
-from llm_unlearn.memorizing.refining import (
-    RefineArguments,
-    Stage,
-    make_plan,
-    steps_of,
-    unlearn_refined,
-)
+from llm_unlearn.memorizing.refine_arguments import RefineArguments
+from llm_unlearn.memorizing.refining import Stage, make_plan, steps_of, unlearn_refined
 from llm_unlearn.models import load_model
 from tests.test_unlearning_recipe import adapter, refused, write
 from tests.test_unlearning_recipe import unlearn as run_recipe
