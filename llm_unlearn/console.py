@@ -135,6 +135,16 @@ def steps_progress(what: str, enabled: bool = True) -> Iterator[Callable[[int, i
         yield lambda step, total: bar.update(task, completed=step, total=total)
 
 
+@contextmanager
+def stages_progress(enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over whatever is being done, one thing after another, on standard error."""
+    with _bar(enabled) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=total
+        )
+
+
 class EvaluationProgress:
     """A bar over the rows that are put to a model."""
 

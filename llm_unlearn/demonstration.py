@@ -246,13 +246,18 @@ def knowing_adapter(
     from llm_unlearn.approximate.arguments import UnlearningConfig
     from llm_unlearn.approximate.fine_tuning import fine_tune
     from llm_unlearn.exact.base_model import load_base
+    from llm_unlearn.memorization.observations import Observations
+    from llm_unlearn.memorizing.scoring import keep_observations
 
     if (path / "adapter_config.json").is_file():
         return path
     config = UnlearningConfig(output_dir=str(path), method="ga", **FINE_TUNING)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model, tokenizer = load_base(str(MODEL_PATH))
-    return fine_tune(model, tokenizer, records, config, lora, on_step)
+    observer = Observations()
+    fine_tune(model, tokenizer, records, config, lora, on_step, observer)
+    keep_observations(path, records, observer, model, config)
+    return path
 
 
 def unlearning_table(models: Mapping[str, str]) -> dict[str, tuple[float, float, float]]:

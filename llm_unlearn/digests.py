@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -16,10 +17,23 @@ def tensors_digest(model: nn.Module, skip: set[str] | None = None) -> str:
     Args:
         skip: names that are left out (the parameters in training).
     """
+    left_out = skip or set()
+    return _digest({n: t for n, t in model.state_dict().items() if n not in left_out})
+
+
+def base_digest(model: nn.Module) -> str:
+    """`tensors_digest` of the model under a LoRA; of the model itself, if it has none."""
+    named = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" not in name:
+            own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            named[own] = tensor
+    return _digest(named)
+
+
+def _digest(named: Mapping[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if skip and name in skip:
-            continue
+    for name, tensor in sorted(named.items()):
         total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():

@@ -76,6 +76,10 @@ class RequestArguments:
     encoder: str | None = field(
         default=None, metadata={"help": "Text encoder for icu and o3 (the model itself)."}
     )
+    track_memorization: bool = field(
+        default=False,
+        metadata={"help": "Keep what training shows of each record, beside the result."},
+    )
     eval_suite: str | None = field(
         default=None,
         metadata={"help": "Evaluate after each epoch: demo, muse-news, tofu, a folder."},
@@ -263,25 +267,30 @@ def answer_requests(
 ) -> list["Report"]:
     """Unlearn one request after the other, each into a directory of its own where there are several."""
     from llm_unlearn.approximate.unlearn import unlearn
+    from llm_unlearn.memorization.observations import Observations
+    from llm_unlearn.memorizing.scoring import keep_observations
 
     output = Path(str(config.output_dir))
     many = len(requests) > 1
     source, adapter = str(model_arguments.model_name_or_path), arguments.adapter
     places = [output / request.name if many else output for request in requests]
     for place in places:
-        _check_output(place, [source, adapter or source])
+        check_output(place, [source, adapter or source])
     watching = make_watching(arguments)
     reports = []
     for request, place in zip(requests, places, strict=True):
         model, tokenizer = load_trainable(source, adapter, arguments.any_base, model_arguments)
         one = replace(config, output_dir=str(place))
+        observer = Observations() if arguments.track_memorization else None
         with console.steps_progress(request.name if many else config.method, show_progress) as say:
             reports.append(
                 unlearn(
                     model, tokenizer, request.forget, request.retain, one, replace(method),
-                    lora_of(model_arguments), watching, arguments.encoder, say,
+                    lora_of(model_arguments), watching, arguments.encoder, say, observer,
                 )
             )  # fmt: skip
+        if observer is not None:
+            keep_observations(place, [*request.forget, *request.retain], observer, model, one)
         if arguments.sequential:
             source, adapter = str(place), None
     if many and arguments.eval_suite:
@@ -289,7 +298,7 @@ def answer_requests(
     return reports
 
 
-def _check_output(output: Path, sources: Sequence[str]) -> None:
+def check_output(output: Path, sources: Sequence[str]) -> None:
     """A model that is there is not written over, unless it is an earlier result."""
     from llm_unlearn.approximate.result import REPORT_NAME
 

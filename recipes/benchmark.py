@@ -9,6 +9,7 @@
 
     --methods [NAME ...]    of recipes/unlearn.py (all); no name: only the exact rows
     --exact [NAME ...]      experts, s3t (both); no name: only approximate rows
+    --refine [SCORE]        rows of RUM by this memorization score (confidence), with its controls
     --seeds N               of everything that is trained (1): intervals over seeds instead of rows
     --suite NAME_OR_DIR     the demonstration asks as tofu (default) or muse
     --forget_split NAME     of tofu (forget10)
@@ -39,6 +40,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.error = refuse
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--exact", nargs="*")
+    parser.add_argument("--refine", nargs="?", const="confidence")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--suite", default="tofu")
     parser.add_argument("--forget_split", default="forget10")
@@ -57,8 +59,11 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 def wanted_rows(arguments: argparse.Namespace) -> list[str]:
     """Rows of the leaderboard, exact ones first."""
     from llm_unlearn.approximate.methods import METHODS
-    from llm_unlearn.leaderboard.plan import EXACT
+    from llm_unlearn.leaderboard.plan import EXACT, REFINED
+    from llm_unlearn.memorization.orientation import SCORES
 
+    if arguments.refine not in (None, *SCORES):
+        raise UserError(f"unknown --refine {arguments.refine!r}: one of {', '.join(SCORES)}")
     methods = list(METHODS) if arguments.methods is None else arguments.methods
     if unknown := set(methods) - set(METHODS):
         raise UserError(f"unknown method {min(unknown)!r}: one of {', '.join(METHODS)}")
@@ -66,7 +71,8 @@ def wanted_rows(arguments: argparse.Namespace) -> list[str]:
     chosen = list(exact) if arguments.exact is None else arguments.exact
     if unknown := set(chosen) - set(exact):
         raise UserError(f"unknown --exact {min(unknown)!r}: {' or '.join(exact)}")
-    return [*(exact[name] for name in chosen), *methods]
+    refined = list(REFINED) if arguments.refine else []
+    return [*(exact[name] for name in chosen), *methods, *refined]
 
 
 def main(argv: list[str]) -> None:

@@ -27,6 +27,7 @@ What a run is made of:
     --ledger_url URL        keep the ledger on a PostgreSQL server (a SQLite file in the run)
     --encrypt [--key_store PATH | vault+https://HOST/MOUNT/PATH]   records, nodes and caches encrypted on
                             disk, each under a key that a deletion destroys
+    --track_memorization    keep what training shows of each record: llm-unlearn memorization RUN
     --push_to_hub, --hub_model_id REPO_ID    publish what is served, with card and certificates
                             (--hub_base_model: the base model's name there, if it is a directory here)
     --output_dir RUN        the run directory; a run that is there is resumed or rebuilt
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> None:
         for line in run.warnings():
             warn(line)
     with training_progress(enabled=state.is_main_process) as progress:
-        report = run.train(model, tokenizer, progress)
+        report = run.train(model, tokenizer, progress, tracker(arguments.track_memorization))
     if not state.is_main_process:
         return
     print(
@@ -110,6 +111,13 @@ def main(argv: list[str]) -> None:
     show_result(run, model, tokenizer, data.is_demonstration)
     if arguments.push_to_hub:
         publish_result(arguments, run.path)
+
+
+def tracker(is_asked: bool):
+    """What watches each node in training, if it is asked for."""
+    from llm_unlearn.memorization.observations import Observations
+
+    return Observations if is_asked else None
 
 
 def share(value: float) -> str:

@@ -19,6 +19,11 @@ The most used flags:
     --keep best                 write the best state that was evaluated, not the last
     --stop_samples icu          leave out forget rows that are forgotten, round by round
     --retain_projection 0.95    PGU: take what retain inputs span out of every update
+    --track_memorization        keep what training shows of each record: llm-unlearn memorization OUT
+    --refine SCORE              RUM: the forget set in subsets, least memorized first (confidence,
+                                accuracy, entropy, el2n, curvature, gain, holdout, ...)
+    --refine_with M M M         a method for each subset, or none (--method for all)
+    --refine_control CONTROL    shuffle (random subsets) or vanilla (all at once), in as many steps
     --push_to_hub, --hub_model_id REPO_ID    publish it (of several requests the last); no guarantee
     --json                      print the report for machines
     --config FILE.yaml          any of the flags from a file; the command line wins
@@ -55,7 +60,7 @@ def main(argv: list[str]) -> None:
     from llm_unlearn.hub.unlearned import HIDDEN
     from llm_unlearn.unlearning import answer_requests, base_name, requests_of
 
-    arguments, config, model_arguments, method = read_flags(argv)
+    arguments, refinement, config, model_arguments, method = read_flags(argv)
     is_demonstration = arguments.is_demonstration
     if not is_demonstration and model_arguments.model_name_or_path is None:
         raise UserError("which model is to forget? Give --model_name_or_path")
@@ -72,11 +77,14 @@ def main(argv: list[str]) -> None:
         if is_demonstration
         else requests_of(arguments)
     )
-    reports = answer_requests(arguments, config, model_arguments, method, requests, speaks)
+    if refinement.refine:
+        stages = read_stages(argv, refinement, config, method)
+        reports = refined(arguments, refinement, stages, model_arguments, requests, speaks)
+    else:
+        reports = answer_requests(arguments, config, model_arguments, method, requests, speaks)
     if not state.is_main_process:
         return
-    for note in dict.fromkeys(note for report in reports for note in report.notes):
-        warn(note)
+    show_notes(reports)
     if arguments.as_json:
         print_json([report.to_dict() for report in reports])
         return
@@ -90,20 +98,48 @@ def main(argv: list[str]) -> None:
         show_demonstration(str(model_arguments.model_name_or_path), config.output_dir)
 
 
-def read_flags(argv: list[str]):
-    """What to do, how to train, with what model, and the method: the command line wins over the file,
-    which wins over what the demonstration is started with.
+def read_stages(argv, refinement, config, method):
+    """A stage for each subset with the flags of its method, and the whole set's last."""
+    from llm_unlearn.memorizing.refining import NONE, Stage
+
+    stages = []
+    for name in refinement.methods(config.method):
+        if name in (NONE, config.method):
+            stages.append(Stage() if name == NONE else Stage(config, method))
+            continue
+        _, _, own_config, _, own = read_flags([*argv, "--method", name], partly=True)
+        stages.append(Stage(own_config, own))
+    return [*stages, Stage(config, method)]
+
+
+def refined(arguments, refinement, stages, model_arguments, requests, speaks: bool):
+    from llm_unlearn.console import attack_progress
+    from llm_unlearn.memorizing.refined_requests import answer_refined
+
+    if len(requests) > 1:
+        raise UserError("--refine parts one forget set: leave --sequential and --growing out")
+    with attack_progress(speaks) as say:
+        return answer_refined(arguments, refinement, stages, model_arguments, requests[0], say)
+
+
+def read_flags(argv: list[str], partly: bool = False):
+    """What to do, how, by what training, with what model, and the method: the command line wins over the
+    file, which wins over what the demonstration is started with.
+
+    Args:
+        partly: other methods' flags are let be.
     """
     from trl import ModelConfig, TrlParser
 
     from llm_unlearn.approximate.arguments import UnlearningConfig
     from llm_unlearn.approximate.methods import load_method
     from llm_unlearn.demonstration import unlearning_defaults
+    from llm_unlearn.memorizing.refine_arguments import RefineArguments
     from llm_unlearn.unlearning import RequestArguments
 
     argv = ["--as_json" if argument == "--json" else argument for argument in argv]
     name = chosen_name(argv)
-    types = [RequestArguments, UnlearningConfig, ModelConfig, load_method(name)]
+    types = [RequestArguments, RefineArguments, UnlearningConfig, ModelConfig, load_method(name)]
     parser = TrlParser(types, allow_abbrev=False)
     parser.set_defaults(lora_dropout=0.0)
     # The data flags first: the demonstration brings flags of its own, which a method may insist on.
@@ -111,7 +147,7 @@ def read_flags(argv: list[str]):
     (asked,) = parse_flags(data_flags, argv, partly=True)
     if asked.is_demonstration:
         parser.set_defaults_with_config(**unlearning_defaults(name))
-    return parse_flags(parser, expand_help(argv))
+    return parse_flags(parser, expand_help(argv), partly)
 
 
 def chosen_name(argv: list[str]) -> str:
@@ -139,9 +175,17 @@ def show_help(argv: list[str]) -> None:
         print(__doc__ + one_line_each())
 
 
+def show_notes(reports) -> None:
+    for note in dict.fromkeys(note for report in reports for note in report.notes):
+        warn(note)
+
+
 def show_reports(output: Path, requests, reports) -> None:
-    for request, report in zip(requests, reports, strict=True):
-        where = output / request.name if len(requests) > 1 else output
+    """A line for each request; of a refinement, for each subset that a method unlearned."""
+    places = (
+        [output / one.name for one in requests] if len(requests) > 1 else [output] * len(reports)
+    )
+    for where, report in zip(places, reports, strict=True):
         print(
             f"{where}: {report.forget_records} records unlearned with {report.method}, {report.steps} "
             f"steps in {report.seconds:.0f} s; no guarantee (see its README.md)"

@@ -12,6 +12,8 @@ MAY_IMPORT = {
     "evaluation": {"data"},
     "exact": {"data"},
     "approximate": {"data"},
+    "memorization": {"data"},
+    "memorizing": {"data", "exact", "approximate", "memorization", "models", "unlearning"},
     "export": {"data", "exact"},
     "leaderboard": {
         "data",
@@ -20,6 +22,8 @@ MAY_IMPORT = {
         "approximate",
         "demonstration",
         "launch",
+        "memorization",
+        "memorizing",
         "models",
         "unlearning",
     },

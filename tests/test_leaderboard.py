@@ -281,14 +281,20 @@ class Loop:
             "with_adapter": lambda model, *_, **__: model,
             "load_model": lambda path: SimpleNamespace(model=path, tokenizer=None),
             "fine_tune": self.fine_tune,
+            "keep_observations": lambda *_: None,
             "unlearn": self.unlearn,
         }.items():
             monkeypatch.setattr(running, name, stub)
         monkeypatch.setattr(running._Row, "_session", lambda row: self)
         monkeypatch.setattr(running._Row, "_relearn", lambda row, *_: self.relearn(row))
 
-    def fine_tune(self, model: Any, tokenizer: Any, records: Any, config: Any, lora: Any) -> None:
+    def fine_tune(
+        self, model: Any, tokenizer: Any, records: Any, config: Any, lora: Any, observer: Any
+    ) -> None:
         name = Path(config.output_dir).name
+        assert (observer is not None) == (
+            name == "before"
+        )  # whose records rows of RUM are parted by
         self._break(name)
         Path(config.output_dir).mkdir(parents=True)
         self.done.append(f"{name}: {len(records)} records, seed {config.seed}")

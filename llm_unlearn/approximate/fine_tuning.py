@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llm_unlearn.approximate.arguments import UnlearningConfig
     from llm_unlearn.approximate.step import Step, Term
     from llm_unlearn.data.records import Record
+    from llm_unlearn.observing import Observer
 
 
 @dataclass
@@ -42,8 +43,12 @@ def fine_tune(
     config: UnlearningConfig,
     lora: LoraConfig,
     on_step: Callable[[int, int], None] | None = None,
+    observer: Observer | None = None,
 ) -> Path:
     """Train a fresh LoRA (or, with `config.full`, the weights) on records, and write it.
+
+    Args:
+        observer: watches every forward pass, by the numbers of the records.
 
     Returns:
         `config.output_dir`: an ordinary adapter or model with its tokenizer, without checkpoints.
@@ -52,6 +57,6 @@ def fine_tune(
     from llm_unlearn.approximate.unlearn import prepare, train
 
     session, output = prepare(model, tokenizer, records, (), config, Learning(), lora)
-    train(session, Learning(), None, on_step)
+    train(session, Learning(), None, on_step, observer)
     save_result(session, output)
     return output

@@ -4,7 +4,7 @@ Every number is computed when it is first asked for, so a method pays for what i
 rows, T predicted tokens (one fewer than the width of the batch), V vocabulary, D width of a layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,10 @@ class Side:
     @cached_property
     def _hidden(self) -> Any:
         return forward(self.model, self.batch, hidden=True)
+
+    @property
+    def is_computed(self) -> bool:
+        return bool({"_outputs", "_hidden"} & self.__dict__.keys())
 
     @cached_property
     def logits_BTV(self) -> Tensor:
@@ -162,6 +166,12 @@ class Step:
 
     def __getitem__(self, side: str) -> Side:
         return self._sides[side]
+
+    def computed(self) -> Iterator[Side]:
+        """The forget and the retain side, if their logits have been computed."""
+        for name in ("forget", "retain"):
+            if name in self._sides and self._sides[name].is_computed:
+                yield self._sides[name]
 
 
 def forward(model: Any, batch: Batch, hidden: bool) -> Any:

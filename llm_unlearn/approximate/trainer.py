@@ -22,6 +22,7 @@ from llm_unlearn.approximate.session import Session
 from llm_unlearn.approximate.step import UNITS, Step, Term, count_units
 from llm_unlearn.approximate.watch import Watch
 from llm_unlearn.errors import RunError
+from llm_unlearn.observing import Observer
 
 STATE_NAME = "unlearning_state.json"
 TENSORS_NAME = "trained.safetensors"
@@ -52,6 +53,7 @@ class UnlearningTrainer(Trainer):
     Attributes:
         history: means of every term, by optimizer step.
         diverged_at: the step whose loss was no number, after which training ended.
+        observer: is told what every forward pass gives; set it before `run`.
     """
 
     # Our losses are divided by what the whole step holds.
@@ -74,6 +76,7 @@ class UnlearningTrainer(Trainer):
         self.rows = PairedRows(session.sides)
         self.watch = watch
         self.modifier = modifier
+        self.observer: Observer | None = None
         self.history: list[dict[str, float]] = []
         self.diverged_at: int | None = None
         self._step_terms: dict[str, Tensor] = {}
@@ -124,8 +127,18 @@ class UnlearningTrainer(Trainer):
             known = self._step_terms.get(term.name, torch.zeros_like(mean))
             self._step_terms[term.name] = known + mean.detach()
             loss = loss + term.weight * mean
+        if self.observer is not None:
+            self._observe(step, self.observer)
         # DistributedDataParallel averages gradients over processes: what is wanted is their sum.
         return loss * self.args.world_size
+
+    def _observe(self, step: Step, observer: Observer) -> None:
+        """Tell what the forward passes of a step gave its rows; records are numbered forget first."""
+        for side in step.computed():
+            first = len(self.session.forget) if side.name == "retain" else 0
+            labels_BT = side.labels_BT.masked_fill(~side.batch["active"][:, None], -100)
+            epoch = int((self.state.epoch or 0) + 1e-6)
+            observer.observe_logits(side.index_B + first, epoch, side.logits_BTV, labels_BT)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -180,10 +193,12 @@ class UnlearningTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A checkpoint holds what is trained; the rest of the model is where it came from."""
         directory = Path(output_dir or str(self.args.output_dir))
+        seen = self.observer.collect() if self.observer is not None else {}
         if self.args.should_save:
             directory.mkdir(parents=True, exist_ok=True)
             self.session.tuned.save(directory / TENSORS_NAME)
             content = {
+                "seen": {name: values.tolist() for name, values in seen.items()},
                 "method": self.method.state(),
                 "stopped": sorted(self.rows.stopped),
                 "history": self.history,
@@ -200,6 +215,8 @@ class UnlearningTrainer(Trainer):
         self.history = content["history"]
         if self.watch:
             self.watch.load_state(content["watch"])
+        if self.observer is not None and self.is_world_process_zero():
+            self.observer.restore(content["seen"])
 
 
 class _Rounds(TrainerCallback):

@@ -29,6 +29,7 @@ from llm_unlearn.approximate.tuning import Tuned, tune
 from llm_unlearn.approximate.watch import Standing, Watch
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import RunError, UserError
+from llm_unlearn.observing import Observer
 
 
 @dataclass
@@ -64,6 +65,7 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
     watching: Watching | None = None,
     encoder: str | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    observer: Observer | None = None,
 ) -> Report:
     """Make a fine-tuned model forget, and write it to `config.output_dir`.
 
@@ -77,6 +79,7 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
         watching: evaluation during training; without it the state after the last step is kept.
         encoder: a text encoder for methods that compare texts (default: the model itself).
         on_step: called with the number of optimizer steps done and wanted.
+        observer: watches every forward pass; forget records are numbered first, then retain records.
 
     Raises:
         UserError: empty or overlapping sets, a method that does not fit the model.
@@ -91,7 +94,7 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
         model, tokenizer, forget, retain, config, method, lora=lora, encoder=encoder
     )
     session.on_step = on_step
-    trainer = train(session, method, watch, on_step)
+    trainer = train(session, method, watch, on_step, observer)
     if watch is not None:
         watch.restore_best(session.tuned)
     method.finish(session)
@@ -184,6 +187,7 @@ def train(
     method: Method,
     watch: Watch | None,
     on_step: Callable[[int, int], None] | None,
+    observer: Observer | None = None,
 ) -> UnlearningTrainer | None:
     """Train, going on from a checkpoint; nothing where the method is not trained by gradients."""
     if not method.trains:
@@ -197,6 +201,7 @@ def train(
     trainer = UnlearningTrainer(
         config, method, session, reference, watch, stopper, modifier, on_step
     )
+    trainer.observer = observer
     with trainer.accelerator.autocast():
         reference.prepare(method.needs(), session.sides)
     checkpoint = last_checkpoint(work)

@@ -15,6 +15,7 @@ from llm_unlearn.cli import publishing
 from llm_unlearn.cli import serving
 from llm_unlearn.cli import evaluations
 from llm_unlearn.cli import probing
+from llm_unlearn.cli import memorizing
 # isort: on
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "deleting",
     "evaluations",
     "main",
+    "memorizing",
     "probing",
     "publishing",
     "reporting",

@@ -184,6 +184,12 @@ class S3TConfig(SFTConfig):
             "help": "--push_to_hub: the base model's name on the Hub, if it is a directory here."
         },
     )
+    track_memorization: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep what training shows of each record, epoch by epoch, for `llm-unlearn memorization`."
+        },
+    )
     key_path: str | None = field(
         default=None,
         metadata={"help": "secret.key of another run, to reproduce its slices and bits."},

@@ -32,7 +32,7 @@ from llm_unlearn.exact.sealing import Head, KeySeal, Seal, key_id_of, shown_part
 
 SETTINGS_NAME = "encryption.json"
 KEY_FILE_NAME = "slice.keys"
-ENCRYPTED = ("records", "nodes", "cache")
+ENCRYPTED = ("records", "nodes", "cache", "memorization")
 """Directories of a run whose files are encrypted, if the run is."""
 
 

@@ -6,8 +6,8 @@ do not exist yet. Every source of chance is seeded from the node's key.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from transformers import (
     set_seed,
 )
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from llm_unlearn.data.encoding import IGNORED, Example
 from llm_unlearn.digests import tensors_digest
@@ -33,7 +34,9 @@ from llm_unlearn.exact.config import ModelShape, RunConfig
 from llm_unlearn.exact.environment import make_deterministic
 from llm_unlearn.exact.replay import StateCache, replay, returns_tuple
 from llm_unlearn.exact.trie import Node, seed_from
+from llm_unlearn.observing import Observer
 
+OBSERVED = ("log_probs", "entropy", "is_top1", "log_sum_sq_probs")
 FROZEN = "frozen"
 TRAINED = "default"
 
@@ -79,6 +82,8 @@ class Collator:
             "input_ids": padded("input_ids", self.pad_token_id),
             "labels": padded("labels", IGNORED),
         }
+        if "index" in rows[0]:
+            batch["index"] = torch.tensor([row["index"] for row in rows])
         batch["attention_mask"] = torch.tensor(
             [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
         )
@@ -89,20 +94,54 @@ class Collator:
 
 
 class NodeTrainer(SFTTrainer):
-    """`SFTTrainer` whose forward pass can begin at the block's lowest layer."""
+    """`SFTTrainer` whose forward pass can begin at the block's lowest layer, and can be watched."""
 
     boundary: int = 0
     layers_return_tuple: bool = False
+    observer: Observer | None = None
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ):
-        states = inputs.pop("prefix_states", None)
-        if states is None:
+        states, index = inputs.pop("prefix_states", None), inputs.pop("index", None)
+        with ExitStack() as stack:
+            if index is not None:
+                stack.enter_context(self._observing(model, index))
+            if states is not None:
+                base = self.accelerator.unwrap_model(model).get_base_model()
+                stack.enter_context(
+                    replay(base, self.boundary, states.requires_grad_(), self.layers_return_tuple)
+                )
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        base = self.accelerator.unwrap_model(model).get_base_model()
-        with replay(base, self.boundary, states.requires_grad_(), self.layers_return_tuple):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def watch(self, observer: Observer) -> None:
+        """Tell `observer` what each forward pass gives every token.
+
+        TRL's fused head leaves no logits, but what they say of each label; one more sum is asked of it.
+        """
+        self.observer = observer
+        model = cast(Any, self.accelerator.unwrap_model(self.model))
+        add_fused_lm_head(model.get_base_model(), outputs=OBSERVED)
+
+    @contextmanager
+    def _observing(self, model: Any, index: torch.Tensor) -> Iterator[None]:
+        def tell(_module: Any, _arguments: Any, given: Any) -> None:
+            probability = given.log_probs.detach()
+            values = {
+                "log_probability": probability,
+                "entropy": given.entropy,
+                "accuracy": given.is_top1,
+                "squares": given.log_sum_sq_probs.exp(),
+            }
+            epoch = int((self.state.epoch or 0) + 1e-6)
+            assert self.observer is not None
+            self.observer.observe_tokens(index, epoch, values, given.label_mask)
+
+        handle = model.register_forward_hook(tell)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class StepReporter(TrainerCallback):
@@ -209,8 +248,12 @@ def train_node(
     shape: ModelShape,
     output_dir: str,
     on_step: Callable[[int, int], None] | None = None,
+    observer: Observer | None = None,
 ) -> Tensors:
     """Train one node and give the base model back as it was.
+
+    Args:
+        observer: watches every forward pass, by the numbers of the task's examples; no bit depends on it.
 
     Returns:
         The tensors of the block, named as PEFT names them.
@@ -225,7 +268,7 @@ def train_node(
         stack.callback(model.unload)
         trained = set(_parameter_names(model, expected_shapes(task.node, shape)))  # pyright: ignore
         before = tensors_digest(model, skip=trained)
-        _fit(model, tokenizer, task, run, output_dir, on_step)
+        _fit(model, tokenizer, task, run, output_dir, on_step, observer)
         if tensors_digest(model, skip=trained) != before:
             raise IsolationError(
                 f"a tensor outside the block of node {task.node.key[:12]} changed during training"
@@ -240,6 +283,7 @@ def _fit(
     run: RunConfig,
     output_dir: str,
     on_step: Callable[[int, int], None] | None,
+    observer: Observer | None,
 ) -> None:
     seed = seed_from(task.node.key, "training")
     make_deterministic(run.num_threads)
@@ -260,10 +304,12 @@ def _fit(
         **run.runtime,
         **{name: value for name, value in run.training.items() if name != "seed"},
     )
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"record_id": e.record_id, "input_ids": e.input_ids, "labels": e.labels}
         for e in task.examples
     ]
+    if observer is not None:
+        rows = [{**row, "index": number} for number, row in enumerate(rows)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     set_seed(seed)
     trainer = NodeTrainer(
@@ -275,6 +321,8 @@ def _fit(
         callbacks=[StepReporter(seed_from(task.node.key, "dropout"), on_step)],
     )
     trainer.remove_callback(PrinterCallback)
+    if observer is not None:
+        trainer.watch(observer)
     if task.states is not None:
         trainer.boundary = min(task.node.block.layers)
         first = torch.tensor([task.examples[0].input_ids[:1]], device=model.device)

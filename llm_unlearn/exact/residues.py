@@ -27,6 +27,7 @@ KNOWN_FILES = {
     r"(README\.md|lineage\.json|adapter_(model\.safetensors|config\.json)|words-\d+\.safetensors)",
     "certificates": r"[0-9a-f]{16}\.json(\.tsr)?",
     "serving": r"tokens\.json(\.lock)?|audit-[A-Za-z0-9._-]+\.jsonl|replicas/[A-Za-z0-9._-]+\.json",
+    "memorization": r"([0-9a-f]{64}|scores|counterfactual-\d{3,})\.parquet",
 }
 
 COPIES = "copies of the run directory or of earlier served adapters (backups, downloads, the Hub, other servers)"

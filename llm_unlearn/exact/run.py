@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from llm_unlearn.exact.arguments import S3TConfig
     from llm_unlearn.exact.ensemble import ShardEnsemble
     from llm_unlearn.exact.training import Progress, TrainingReport
+    from llm_unlearn.observing import Observer
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,16 @@ class S3TRun:
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         progress: "Progress | None" = None,
+        track: "Callable[[], Observer] | None" = None,
     ) -> "TrainingReport":
-        """Train every missing node: all of a new run, or what a deletion or a crash took."""
+        """Train every missing node: all of a new run, or what a deletion or a crash took.
+
+        Args:
+            track: makes what watches each node (`memorization.observations.Observations`).
+        """
         from llm_unlearn.exact.training import train
 
-        return train(self.directory, model, tokenizer, progress)
+        return train(self.directory, model, tokenizer, progress, track)
 
     def warnings(self) -> list[str]:
         """What a person should know about the data before training: sizes, splits, shared texts."""

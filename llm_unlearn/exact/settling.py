@@ -11,7 +11,7 @@ from llm_unlearn.data.partition import SliceName
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact import copies as outside
-from llm_unlearn.exact import residues
+from llm_unlearn.exact import record_scores, residues
 from llm_unlearn.exact.certificates import CERTIFIED, Certifier, Outcome, certificate_path
 from llm_unlearn.exact.ledger import Request
 from llm_unlearn.exact.served import depth_of, digest_of_served, read_lineage, serve
@@ -44,7 +44,7 @@ def settle(run: RunDirectory) -> None:
     # being served as early as it can.
     lineages = serve(run)
     residues.purge_nodes(run, wanted)
-    purged = residues.purge_emptied(run)
+    purged = residues.purge_emptied(run) | record_scores.drop_deleted(run, wanted, pending)
     residues.purge_temporary(run)
     run.slices.drop_pending(keep={request.id for request in pending})
     purged |= residues.destroy_keys(run)

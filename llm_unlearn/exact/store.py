@@ -11,6 +11,7 @@
                             words.safetensors, by which prompts find their subjects
     RUN/served              link to the directory in generations/ that is served now
     RUN/cache/, trainer/    residues of training: purged when it ends and by every deletion
+    RUN/memorization/       what training showed of each record, where it was tracked (record_scores.py)
     RUN/certificates/       one file per request, signed with signing.key; signing.pub verifies
     RUN/policy.toml         what follows a deletion, if somebody chose; rebuild.log of the last in background
     RUN/serving/            of servers: tokens.json, and the audit logs, which hold no name and no text
@@ -48,7 +49,7 @@ KEYS_NAME = "keys.safetensors"
 OWN_ENTRIES = (
     "run.json", "secret.key", KEYS_NAME, "ledger.sqlite", "ledger.sqlite-journal", "ledger.url", "ledger.head",
     "ledger.head.part", "ledger.lock", "records", "nodes",
-    SETTINGS_NAME, KEY_FILE_NAME,
+    SETTINGS_NAME, KEY_FILE_NAME, "memorization",
     "served", "generations", "cache", "trainer", "certificates", "signing.key", "signing.pub", "policy.toml",
     "rebuild.log", "serving", "state.lock", "train.lock", "export.lock",
 )  # fmt: skip

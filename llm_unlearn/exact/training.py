@@ -6,22 +6,24 @@ it is finished instead of being published.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_unlearn.data.encoding import Example, check_lengths, encode
 from llm_unlearn.data.partition import SliceName
 from llm_unlearn.data.records import Record, digest
 from llm_unlearn.errors import RunError, UserError
-from llm_unlearn.exact import residues
+from llm_unlearn.exact import record_scores, residues
 from llm_unlearn.exact.adapters import Tensors
 from llm_unlearn.exact.environment import describe_environment
 from llm_unlearn.exact.node_training import NodeTask, train_node
@@ -31,6 +33,7 @@ from llm_unlearn.exact.settling import depths_served, settle
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.exact.trie import NUMERICS_VERSION, Node, ground_of, missing_nodes
 from llm_unlearn.exact.words import index_records
+from llm_unlearn.observing import Observer
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,15 @@ def train(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress | None = None,
+    track: Callable[[], Observer] | None = None,
 ) -> TrainingReport:
     """Train every missing node of a run and serve the result.
 
     Call it on every process of an `accelerate launch`. Killed anywhere, the next call goes on
     with the node that was in training and reaches the same bits.
+
+    Args:
+        track: makes what watches a node; what it saw of the slice that the node adds is kept with the run.
 
     Raises:
         RunError: another process trains this run, or the disk is full.
@@ -98,12 +105,16 @@ def train(
             if not _from_main(lambda task=task: _cache_states(run, base, task)):
                 continue
             began = time.monotonic()
-            new = _compute(
-                run, base, tokenizer, task, progress.step if state.is_main_process else None
-            )
+            observer = track() if track else None
+            say = progress.step if state.is_main_process else None
+            new = _compute(run, base, tokenizer, task, say, observer)
             if new is None:
                 continue
-            details = {"device": base.device.type, "seconds": round(time.monotonic() - began, 3)}
+            details = {
+                "device": base.device.type,
+                "seconds": round(time.monotonic() - began, 3),
+                "seen": _named(observer, task) if observer else None,
+            }
             kept = _from_main(
                 lambda task=task, new=new, said=details: _publish(run, task.node, new, **said)
             )
@@ -138,6 +149,7 @@ def _compute(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     on_step: Callable[[int, int], None] | None,
+    observer: Observer | None = None,
 ) -> Tensors | None:
     """Train the node of a task; None if a deletion has purged the states that it replays."""
     states = None
@@ -151,9 +163,15 @@ def _compute(
         states=states,
         start=task.start,
     )
-    return train_node(
-        base, tokenizer, node_task, run.config, run.shape, str(run.path / "trainer"), on_step
-    )
+    place = str(run.path / "trainer")
+    return train_node(base, tokenizer, node_task, run.config, run.shape, place, on_step, observer)
+
+
+def _named(observer: Observer, task: Task) -> dict[str, NDArray[Any]]:
+    """What was seen, by the records' ids; every process takes part."""
+    seen = observer.collect()
+    ids = np.array([example.record_id for _, example in task.examples])
+    return {"record_id": ids[seen.pop("index")], **seen}
 
 
 def _from_main(decide: Callable[[], Any]) -> Any:
@@ -302,10 +320,18 @@ def index_of(run: RunDirectory, node: Node) -> Tensors | None:
     return index_records(run.slices.read(SliceName(node.shard, node.path[-1])), run.key)
 
 
-def _publish(run: RunDirectory, node: Node, tensors: Tensors, device: str, seconds: float) -> bool:
+def _publish(
+    run: RunDirectory,
+    node: Node,
+    tensors: Tensors,
+    device: str,
+    seconds: float,
+    seen: Mapping[str, NDArray[Any]] | None = None,
+) -> bool:
     """Keep a trained node, unless a deletion has made it obsolete meanwhile.
 
-    The time it took goes to the ledger and not to the manifest, which says nothing of the moment.
+    The time it took goes to the ledger and not to the manifest, which says nothing of the moment. What was
+    seen goes to disk before the node: where the node is, it is whole.
     """
     with run.changing("publishing a node"):
         settle(run)
@@ -322,6 +348,9 @@ def _publish(run: RunDirectory, node: Node, tensors: Tensors, device: str, secon
         def log(digests: dict[str, str]) -> None:
             run.ledger.append("trained", {"node": node.key, **digests, "seconds": seconds})
 
+        if seen is not None:
+            own = run.slices.read(SliceName(node.shard, node.path[-1]))
+            record_scores.write_of_node(run, node, own, seen)
         run.nodes.publish(node, tensors, details, index_of(run, node), before=log)
     return True
 

@@ -17,7 +17,7 @@ import numpy as np
 from llm_unlearn.data.partition import CORE, SliceName, merkle_root
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import RunError, UserError
-from llm_unlearn.exact import residues
+from llm_unlearn.exact import record_scores, residues
 from llm_unlearn.exact.adapters import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -254,6 +254,7 @@ def check_residues(run: RunDirectory) -> Check:
     for path in residues.unrecognised(run):
         shown = path.relative_to(run.path)
         check.problems.append(f"{shown} is of no known kind: a deletion would not purge it")
+    check.problems += record_scores.problems(run)
     for name in ("secret.key", PRIVATE_NAME, ADDRESS_NAME):
         mode = stat.S_IMODE((run.path / name).stat().st_mode) if (run.path / name).exists() else 0
         if mode & 0o077:

@@ -14,6 +14,13 @@ from llm_unlearn.evaluation.suites.suite import Suite
 
 BEFORE, RETRAINED, AGAIN = "before", "retrained", "retrained again"
 EXACT = {"exact (experts)": "experts", "exact (S3T)": "s3t"}
+# Methods by subset, least memorized first, and the control; `npo` at once is the vanilla control.
+REFINED: dict[str, tuple[tuple[str, ...], str]] = {
+    "RUM": (("retain_ft", "neggrad_plus", "npo"), "none"),
+    "RUM, shuffled": (("retain_ft", "neggrad_plus", "npo"), "shuffle"),
+    "RUM, NPO throughout": (("npo",), "none"),
+    "RUM, NPO throughout, shuffled": (("npo",), "shuffle"),
+}
 PLAN_NAME = "benchmark.json"
 
 
@@ -28,6 +35,7 @@ class World:
         methods: flags of methods, by method.
         exact: flags of exact runs as on a command line, by `--exact_method`.
         relearning: how the attacker fine-tunes.
+        refine: the memorization score of the rows in `REFINED`.
     """
 
     name: str
@@ -41,6 +49,7 @@ class World:
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     exact: Mapping[str, Sequence[str]] = field(default_factory=dict)
     relearning: RelearningAttack = field(default_factory=RelearningAttack)
+    refine: str = "confidence"
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Benchmark:
     """Which rows of the leaderboard are wanted, how often, and where they go.
 
     Attributes:
-        rows: methods, and names of `EXACT`.
+        rows: methods, and names of `EXACT` and `REFINED`.
         seeds: of everything that is trained: the model before, the retrained one, the methods.
     """
 

@@ -26,7 +26,10 @@ from llm_unlearn.evaluation.results import Evaluation, Results, Value, read_resu
 from llm_unlearn.exact.arguments import S3TConfig
 from llm_unlearn.exact.base_model import load_base
 from llm_unlearn.exact.run import S3TRun
-from llm_unlearn.leaderboard.plan import AGAIN, BEFORE, EXACT, RETRAINED, Benchmark
+from llm_unlearn.leaderboard.plan import AGAIN, BEFORE, EXACT, REFINED, RETRAINED, Benchmark
+from llm_unlearn.leaderboard.refined import unlearn_row
+from llm_unlearn.memorization.observations import Observations
+from llm_unlearn.memorizing.scoring import keep_observations
 from llm_unlearn.models import load_model, with_adapter
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -93,7 +96,13 @@ class _Row:
             return self._fine_tuned(RETRAINED, world.retain, self.seed)
         if self.name == AGAIN:
             return self._fine_tuned(AGAIN, world.retain, self.seed + 1000)
-        return self._unlearned()
+        return self._refined() if self.name in REFINED else self._unlearned()
+
+    def _refined(self) -> Done:
+        world, path = self.benchmark.world, self.benchmark.model(self.name, self.seed)
+        before, start = self.benchmark.model(BEFORE, self.seed), time.monotonic()
+        unlearn_row(world, self.name, self.seed, before, path, load_base)
+        return Done(_loader(path), time.monotonic() - start)
 
     def _fine_tuned(self, name: str, records: Any, seed: int) -> Done:
         path, start = self.benchmark.model(name, self.seed), time.monotonic()
@@ -102,7 +111,10 @@ class _Row:
             flags = {**self.benchmark.world.fine_tuning, "seed": seed}
             config = UnlearningConfig(output_dir=str(path), method="ga", **flags)
             model, tokenizer = load_base(self.benchmark.world.base)
-            fine_tune(model, tokenizer, records, config, LoraConfig(**LORA))
+            observer = Observations() if name == BEFORE else None
+            fine_tune(model, tokenizer, records, config, LoraConfig(**LORA), observer=observer)
+            if observer is not None:
+                keep_observations(path, records, observer, model, config)
             files.write_bytes(timing, json.dumps(time.monotonic() - start).encode())
         return Done(_loader(path), json.loads(timing.read_bytes()))
 

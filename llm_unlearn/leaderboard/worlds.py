@@ -34,6 +34,8 @@ def make_world(arguments: argparse.Namespace) -> World:
     if any(given) and not all(given):
         raise UserError("own data needs all three of --forget, --retain and --base")
     world = _own(arguments) if all(given) else _demonstration(arguments.suite, arguments.output_dir)
+    if getattr(arguments, "refine", None):
+        world = replace(world, refine=arguments.refine)
     return _overridden(world, arguments.settings)
 
 

@@ -1,0 +1,1 @@
+"""Which records a model has memorised: proxies, a reference to validate them, and refinement (RUM)."""

@@ -1,0 +1,235 @@
+"""What a person is shown: a line for each score, its histogram, and the most memorised records."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_unlearn.data.records import Record
+from llm_unlearn.errors import UserError
+from llm_unlearn.memorization.agreement import Agreement, partial_spearman, spearman
+from llm_unlearn.memorization.controls import within_length
+from llm_unlearn.memorization.counterfactual import Reference, Subsampling, read_reference
+from llm_unlearn.memorization.orientation import SCORES, Floats
+from llm_unlearn.memorization.refinement import refine
+from llm_unlearn.memorizing.scoring import Advance, Scored, score
+from llm_unlearn.memorizing.targets import RunTarget, Target, open_target
+
+BINS, WIDTH = 12, 40
+MOST = 10
+
+
+@dataclass(frozen=True)
+class Line:
+    """One score over all records, oriented: higher = more memorised.
+
+    Attributes:
+        mean, low, middle, high: of all records, and of the terciles.
+        flat: why a refinement by it would be refused; None where it would not be.
+        length: rank correlation with the number of tokens.
+        agreement: with the counterfactual reference, where there is one.
+        controlled: that correlation without what length and the base model's confidence explain.
+    """
+
+    name: str
+    what: str
+    mean: float
+    low: float
+    middle: float
+    high: float
+    flat: str | None
+    length: float
+    agreement: Agreement | None
+    controlled: float | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Scores of the records of a run or model.
+
+    Attributes:
+        order: name of the score by which `most` is sorted.
+        within_length: of that score, each record's rank among records of about its length.
+    """
+
+    label: str
+    records: list[Record]
+    pseudonyms: list[str]
+    scored: Scored
+    lines: list[Line]
+    order: str
+    within_length: Floats
+    reference: Reference | None
+    notes: list[str] = field(default_factory=list)
+
+    def most(self, count: int = MOST, show_text: bool = False) -> list[dict[str, Any]]:
+        """The most memorised records; texts and ids only where they are asked for."""
+        values = self.scored.scores[self.order]
+        known = np.flatnonzero(~np.isnan(values))
+        found = []
+        for number in known[np.argsort(-values[known], kind="stable")][:count]:
+            row: dict[str, Any] = {
+                "record": self.pseudonyms[number][:16],
+                self.order: float(values[number]),
+                "within_length": _finite(self.within_length[number]),
+                "tokens": _finite(self.scored.tokens[number]),
+            }
+            if show_text:
+                one = self.records[number]
+                row |= {"id": one.id, "subject": one.subject, "text": " ".join(one.texts())}
+            found.append(row)
+        return found
+
+    def histogram(self) -> tuple[list[int], list[float]]:
+        """Counts and edges of the score that `most` is sorted by."""
+        values = self.scored.scores[self.order]
+        counts, edges = np.histogram(values[~np.isnan(values)], bins=BINS)
+        return counts.tolist(), edges.tolist()
+
+    def bars(self) -> list[str]:
+        """The histogram for a terminal."""
+        counts, edges = self.histogram()
+        most = max(max(counts), 1)
+        return [
+            f"{low:>10.3g} to {high:<10.3g} {'█' * round(WIDTH * count / most):<{WIDTH}} {count}"
+            for low, high, count in zip(edges, edges[1:], counts, strict=False)
+        ]
+
+    def to_dict(self, count: int = MOST, show_text: bool = False) -> dict[str, Any]:
+        counts, edges = self.histogram()
+        lines = [
+            {**asdict(line), "agreement": line.agreement and line.agreement._asdict()}
+            for line in self.lines
+        ]
+        told: dict[str, Any] = {
+            "label": self.label,
+            "records": len(self.records),
+            "scores": [{name: _finite(value) for name, value in line.items()} for line in lines],
+            "sorted_by": self.order,
+            "histogram": {"counts": counts, "edges": edges},
+            "most_memorized": self.most(count, show_text),
+            "notes": self.notes,
+        }
+        if self.reference is not None:
+            told["reference"] = {
+                "runs": self.reference.runs,
+                "reliability": _finite(self.reference.reliability),
+                "seconds": self.reference.seconds,
+            }
+        return told
+
+
+def find_memorized(
+    path: Path,
+    wanted: Sequence[str] = (),
+    records: Sequence[Record] | None = None,
+    holdout: Sequence[Record] = (),
+    counterfactual: int = 0,
+    advance: Advance = lambda _what, _done, _total: None,
+) -> Findings:
+    """Everything that `llm-unlearn memorization` shows.
+
+    Args:
+        records: what a model learnt; a run knows its own.
+        counterfactual: runs of the reference to train first, those that are there not again.
+
+    Raises:
+        UserError: what cannot be scored, and what to do.
+    """
+    target = open_target(path, records)
+    if counterfactual:
+        from llm_unlearn.memorizing.counterfactuals import of_run
+
+        if not isinstance(target, RunTarget):
+            raise UserError(
+                "--counterfactual trains with a run's own flags: of a model, benchmarks/memorization.py and "
+                "memorizing.counterfactuals.measure_counterfactual do"
+            )
+        of_run(target, Subsampling(counterfactual), lambda d, t: advance("counterfactual", d, t))
+    return findings_of(target, score(target, wanted, holdout, advance))
+
+
+def findings_of(target: Target, scored: Scored) -> Findings:
+    """What scores say, beside the reference where there is one."""
+    names, reference = target.pseudonyms(), read_reference(target.tables)
+    if reference is not None:
+        place = {name: number for number, name in enumerate(reference.records.tolist())}
+        at = [place.get(name) for name in names]
+        known = [np.nan if one is None else reference.memorization[one] for one in at]
+        truth = np.array(known)
+        scored.scores.setdefault("counterfactual", truth)
+    else:
+        truth = None
+    controls = [scored.tokens]
+    if scored.base_confidence is not None:
+        controls.append(scored.base_confidence)
+    lines = [
+        line_of(name, values, scored.tokens, truth, controls)
+        for name, values in scored.scores.items()
+    ]
+    order = next(iter(scored.scores))
+    ranks = within_length(scored.scores[order], scored.tokens)
+    return Findings(
+        target.label, target.records, names, scored, lines, order, ranks, reference, scored.notes
+    )
+
+
+def line_of(
+    name: str, values: Floats, tokens: Floats, truth: Floats | None, controls: Sequence[Floats]
+) -> Line:
+    """A score in one line."""
+    known = np.sort(values[~np.isnan(values)])
+    if not len(known):
+        raise UserError(f"no record has the score {name!r}: its training was not tracked")
+    low, middle, high = (
+        float(part.mean()) if len(part) else np.nan for part in np.array_split(known, 3)
+    )
+    agreement = controlled = None
+    if truth is not None and name != "counterfactual":
+        agreement = spearman(values, truth)
+        controlled = partial_spearman(values, truth, controls)
+    length = spearman(values, tokens, resamples=1).rho
+    return Line(
+        name, SCORES[name].what, float(known.mean()), low, middle, high, why_flat(known), length,
+        agreement, controlled,
+    )  # fmt: skip
+
+
+def why_flat(values: Floats) -> str | None:
+    """Why terciles by these scores would be refused; None where they would not be."""
+    try:
+        refine(values)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def plot_histograms(findings: Findings, path: Path) -> None:
+    """A histogram of every score, as PNG.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    scores = findings.scored.scores
+    columns = min(3, len(scores))
+    rows = -(-len(scores) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    for axis, (name, values) in zip(axes, scores.items(), strict=False):
+        axis.hist(values[~np.isnan(values)], bins=24, color="#4477aa")
+        axis.set_title(f"{name} (right: more memorised)", fontsize=9)
+        axis.set_ylabel("records")
+    for axis in axes[len(scores) :]:
+        axis.remove()
+    try:
+        figure.savefig(path, format="png", dpi=150)
+    except OSError as error:
+        raise UserError(f"cannot write --plot {path}: {error.strerror}") from None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not np.isfinite(value) else value
