@@ -389,10 +389,13 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         """By which names the model knows some adapters, which are loaded if they have to be."""
         if self.library is None:
             return names
-        before = self.library.loads
-        slots = self.library.require(names)
-        if self.library.loads != before:
+        library = self.library
+        before = library.loads, library.changes
+        slots = library.require(names)
+        if library.loads != before[0]:
             self.mixing.cover(self.model)
+        if library.changes != before[1]:
+            self.mixing.forget()  # a slot of the same name holds something else
         return slots
 
     @torch.no_grad()

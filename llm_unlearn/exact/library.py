@@ -40,6 +40,7 @@ class Library:
         names: of every shard's adapter; `nobody` where nothing is left of it.
         contents: by the name of a loaded adapter, the digest of what is loaded.
         loads: how often layers may have been added to the model.
+        changes: how often a slot has got other weights.
 
     Raises:
         UserError: nothing is served there.
@@ -63,7 +64,7 @@ class Library:
         self._configs: dict[str, Any] = {}  # by slot
         self.spare: dict[str, Any] = {}  # slots of zeros, with the configuration they have
         self._hold(first, _slot(0))
-        self.loads = 1
+        self.loads, self.changes = 1, 0
         self.model = PeftModel.from_pretrained(
             base, str(self.directories[first]), adapter_name=_slot(0)
         ).eval()
@@ -108,6 +109,7 @@ class Library:
         """Overwrite a loaded adapter with zeros. Its slot takes the next one."""
         slot = self.slots.pop(name)
         del self.contents[name]
+        self.changes += 1
         for layer in self._layers(slot):
             for part in PARTS:
                 getattr(layer, part)[slot].weight.data.zero_()
@@ -164,6 +166,7 @@ class Library:
                 self.model.delete_adapter(old)
             self.spare = {}
         self._hold(name, slot)
+        self.changes += 1
         if (read_lineage(self.directories[name]) or {}).get("digest") != self.contents[name]:
             self.withdraw(name)
             raise ServedChangedError(f"what is served as {name} changed while it was loaded")

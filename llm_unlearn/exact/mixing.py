@@ -62,11 +62,15 @@ class Mixing:
 
     Args:
         model: its layers go on as PEFT's where no rows are set.
+
+    Attributes:
+        keeps: whether what was put side by side serves the next batch of the same rows. Whoever changes
+            a weight calls `forget`.
     """
 
     def __init__(self, model: PeftModel):
         self.rows: Rows | None = None
-        self._is_generating = False
+        self.keeps = False
         self._kept: Rows | None = None
         self.cover(model)
 
@@ -89,7 +93,7 @@ class Mixing:
         """Within it, row i is computed under `names[i]`, or by the base model alone."""
         is_known = self._kept is not None and self._kept.names == tuple(names)
         self.rows = self._kept if is_known else Rows.of(names, device)
-        self._kept = self.rows if self._is_generating else None
+        self._kept = self.rows if self.keeps else None
         try:
             yield
         finally:
@@ -98,11 +102,11 @@ class Mixing:
     @contextmanager
     def generation(self) -> Iterator[None]:
         """Within it no weight changes, so that what was put side by side for one token serves the next."""
-        self._is_generating = True
+        before, self.keeps = self.keeps, True
         try:
             yield
         finally:
-            self._is_generating, self._kept = False, None
+            self.keeps, self._kept = before, None
 
 
 def _take_over(layer: Any, mixing: Mixing) -> None:

@@ -28,6 +28,7 @@ class Query:
         adapter: name of one served adapter that answers alone; None: the ensemble.
         is_streamed: pieces are given out as they come. What was given out cannot be taken back: where
             a deletion reaches it the answer ends as `withdrawn`, where others begin again.
+        ignores_end: go on after a token that ends a text, up to `max_tokens`.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Query:
     labels: tuple[str, ...] = ()
     adapter: str | None = None
     is_streamed: bool = False
+    ignores_end: bool = False
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class Answering:
     def _say(self, running: Running, token: int) -> None:
         stream = running.stream
         assert stream is not None
-        if token in self.reading.ends:
+        if token in self.reading.ends and not running.query.ignores_end:
             running.give(stream.finish())
             self._finish(running, "stop")
             return

@@ -40,6 +40,7 @@ class Batch:
 
     def __init__(self, ensemble: ShardEnsemble):
         self.ensemble = ensemble
+        ensemble.mixing.keeps = True  # the library says when a slot holds something else
         self.rows: list[Row] = []
         self._cache: DynamicCache | None = None
         self._mask = torch.zeros(0, 0, dtype=torch.long)

@@ -101,6 +101,7 @@ def make_asked(
             max_tokens=max_tokens,
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
+            ignores_end=bool(body.ignore_eos),
             seed=derive_seed(body.seed, copy),
             stop=body.stops(),
             adapter=adapter,

@@ -66,6 +66,9 @@ class Generation(Sent):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
+    ignore_eos: (
+        Annotated[StrictBool, Field(description="As vLLM's: go on until max_tokens.")] | None
+    ) = None
     user: Annotated[str, Field(max_length=1_000, description="Ignored.")] | None = None
     # Not supported: only what changes nothing.
     frequency_penalty: Literal[0] | None = None
