@@ -9,7 +9,7 @@ from llm_unlearn.serving.certificate import NO_VOTE, certify_votes
 from llm_unlearn.serving.engine.answers import Finish, Running
 from llm_unlearn.serving.engine.batch import Batch, Row
 from llm_unlearn.serving.engine.choosing import Chooser
-from llm_unlearn.serving.engine.decoding import next_token
+from llm_unlearn.serving.engine.decoding import Readers, next_token
 from llm_unlearn.serving.engine.memory import Change, Memory
 from llm_unlearn.serving.engine.reading import Reading
 from llm_unlearn.serving.policy import Policy
@@ -60,9 +60,13 @@ class Answering:
             self.held += self._marked(begins)
             return
         ready = []
+        begins = [running for running in begins if not running.is_cancelled]
         for running, readers in zip(begins, self.chooser.choose(begins), strict=True):
             if readers is None:
                 self._refuse(running)
+                continue
+            self._is_read_as_before(running, readers)
+            if running.is_cancelled:
                 continue
             affected = len(self.memory.affected(self.policy.target))
             running.begin(readers, self.memory.epoch, affected, self.memory.is_lagging)
@@ -196,45 +200,64 @@ class Answering:
         self._remove_finished()
         self.held = [running for running in self.held if not running.is_cancelled]
 
-    def follow(self, change: Change) -> None:
+    def follow(self, change: Change, waiting: Sequence[Running] = ()) -> None:
         """Do to the answers what was done to the memory.
 
         What was read by an adapter that held deleted data is forgotten, down to what is certain without it;
         such an answer begins again there. If later text was given out, it ends.
+
+        Args:
+            waiting: answers that are not here; some have been here before.
         """
         self._is_changed = True
-        now = dict(zip(map(id, self.running), self.chooser.choose(self.running), strict=True))
-        again: list[Running] = []
-        for running in [*self.running, *self.held]:
+        # First what cannot fail, for all: whatever happens next, nothing that is gone has a part in it.
+        for running in [*self.running, *self.held, *waiting]:
             for stretch in running.stretches:
                 stretch.withdraw(change.tainted)
-            readers = now.get(id(running))
-            if running.names_read & change.tainted:
-                self._go_back(running, running.certified, again)
-            elif running.rows and change.tainted and not running.is_read_by(readers):
-                self._go_back(running, 0, again)  # the prompt is for others now
-            elif running.rows and running.stretches[-1].is_by(change.replaced):
-                again.append(running)
-            elif running.rows and readers is not None:
+            running.is_doubtful |= bool(change.tainted)
+        tainted = [
+            running
+            for running in [*self.running, *self.held, *waiting]
+            if running.names_read & change.tainted
+        ]
+        for running in tainted:
+            self._go_back(running, running.certified)
+        under_way = set(map(id, self.running))
+        self._again([running for running in tainted if id(running) in under_way])
+        self._remove_finished()
+        choices = self.chooser.choose(self.running)
+        for running, readers in zip(list(self.running), choices, strict=True):
+            is_same = self._is_read_as_before(running, readers)
+            if is_same and readers is not None:
                 running.renew(readers, not self.memory.affected(self.policy.target))
-        self._again(again)
+            if not is_same or running.stretches[-1].is_by(change.replaced):
+                self._again([running])
         self._remove_finished()
 
-    def _go_back(self, running: Running, keep: int, again: list[Running]) -> None:
+    def _is_read_as_before(self, running: Running, readers: Readers | None) -> bool:
+        """Since a deletion the prompt may be for others: then what they did not say is forgotten."""
+        is_doubtful, running.is_doubtful = running.is_doubtful, False
+        if not is_doubtful or not running.tokens or running.is_read_by(readers):
+            return True
+        if self.memory.ensemble.routes_prompts:
+            self._go_back(running, 0)
+        return not self.memory.ensemble.routes_prompts
+
+    def _go_back(self, running: Running, keep: int) -> None:
         """Forget all but the first tokens, or end where later ones were given out."""
         if running.given > keep:
             self._finish(running, "withdrawn")
             return
         running.cut(keep, self.reading.tokenizer)
         running.is_clean = False
-        again.append(running)
 
     def _again(self, again: Sequence[Running]) -> None:
         """They wait for their turn to be read once more, with what is certain."""
-        ids = {id(running) for running in again}
-        self._leave([running for running in self.running if id(running) in ids])
+        if not again:
+            return
+        self._leave(again)
         held = {id(running) for running in self.held}
-        self.held += [running for running in again if id(running) not in held]
+        self.held += [r for r in again if id(r) not in held and not r.is_cancelled]
 
     def released(self) -> list[Running]:
         """Held answers that may be tried again: something has changed."""
@@ -248,6 +271,8 @@ class Answering:
         """What was being read has changed: all begin again with what they have said."""
         back = list(self.running)
         self._leave(back)
+        for running in back:
+            running.is_doubtful = True
         self.batch = Batch(self.memory.ensemble)
         return [running for running in back if not running.is_cancelled]
 

@@ -46,6 +46,7 @@ class Running:
         was_held: it waited for an execution.
         is_clean: it goes on without certificates.
         is_cancelled: nobody waits for it.
+        is_doubtful: since it was read last, a deletion may have changed for whom its prompt is.
     """
 
     query: Query
@@ -62,6 +63,7 @@ class Running:
     is_clean: bool = False
     is_unsafe: bool = False
     is_cancelled: bool = False
+    is_doubtful: bool = False
     stream: TextStream | None = None
     given: int = 0  # tokens whose text was given out
     asked_at: float = field(default_factory=time.monotonic)
@@ -85,7 +87,9 @@ class Running:
         return frozenset(name for stretch in self.stretches for name in stretch.readers.names)
 
     def is_read_by(self, readers: Readers | None) -> bool:
-        return readers is not None and readers.members == self.stretches[-1].readers.members
+        if readers is None or not self.stretches:
+            return False
+        return readers.members == self.stretches[-1].readers.members
 
     def renew(self, readers: Readers, is_settled: bool) -> None:
         """The same adapters read it, of which something else is known now.

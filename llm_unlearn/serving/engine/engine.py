@@ -65,6 +65,7 @@ class BatchEngine:
         self._waiting: deque[Running] = deque()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
+        self._beginning: list[Running] = []
         self._is_noticed = True
         self._is_changed = False
         self._is_draining = self._is_closed = False
@@ -137,7 +138,12 @@ class BatchEngine:
             except ServedChangedError:
                 self.memory.is_stale = True
                 self._is_noticed = True
-                self._waiting.extendleft(reversed(self.answering.take_back()))
+                back = {id(r): r for r in [*self.answering.take_back(), *self._beginning]}
+                held = {id(running) for running in self.answering.held}
+                self._beginning = []
+                self._waiting.extendleft(
+                    r for r in reversed(back.values()) if id(r) not in held and not r.is_cancelled
+                )
             except (UserError, OSError) as error:
                 self._fail(f"{error}")
             except Exception as error:  # one bad batch does not end the service
@@ -149,8 +155,12 @@ class BatchEngine:
 
     def _fail(self, reason: str) -> None:
         """Nothing of what is under way can be trusted to go on."""
-        for running in self.answering.abandon():
-            running.listen(Failure("unavailable", f"try again: {reason}", RETRY_SECONDS))
+        lost = {id(r): r for r in [*self.answering.abandon(), *self._beginning]}
+        self._beginning = []
+        for running in lost.values():
+            if not running.is_cancelled:
+                running.is_cancelled = True
+                running.listen(Failure("unavailable", f"try again: {reason}", RETRY_SECONDS))
         self.memory.is_stale = True
         self._state = self._describe(is_ready=False)
         time.sleep(LOOK_SECONDS)
@@ -159,12 +169,13 @@ class BatchEngine:
         self._sleep()
         self._run_tasks()
         self.answering.sweep()
-        begins = self._taken()
+        begins = self._beginning = self._taken()
         # After they were taken: what was acknowledged before they came is seen now.
         if begins or self._is_noticed or time.monotonic() - self._looked > LOOK_SECONDS:
             self._look()
         if begins:
             self.answering.begin(begins)
+        self._beginning = []
         self.answering.step()
         self._note()
 
@@ -195,7 +206,7 @@ class BatchEngine:
         self._looked = time.monotonic()
         change = self.memory.refresh()
         if change is not None:
-            self.answering.follow(change)
+            self.answering.follow(change, [*self._waiting, *self._beginning])
             self._list_residents()
             self._is_changed = True
         # First in the queue again, in the order in which they were asked.
