@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from llm_unlearn.exact.library import ServedChangedError
 from llm_unlearn.serving.certificate import NO_VOTE, certify_votes
 from llm_unlearn.serving.engine.answers import Finish, Running
 from llm_unlearn.serving.engine.batch import Batch, Row
 from llm_unlearn.serving.engine.choosing import Chooser
-from llm_unlearn.serving.engine.decoding import next_token
+from llm_unlearn.serving.engine.decoding import Readers, next_token
 from llm_unlearn.serving.engine.memory import Change, Memory
 from llm_unlearn.serving.engine.reading import Reading
 from llm_unlearn.serving.policy import Policy
@@ -196,18 +197,25 @@ class Answering:
         self._remove_finished()
         self.held = [running for running in self.held if not running.is_cancelled]
 
-    def follow(self, change: Change) -> None:
+    def follow(self, change: Change, queued: Sequence[Running] = ()) -> None:
         """Do to the answers what was done to the memory.
 
         What was read by an adapter that held deleted data is forgotten, down to what is certain without it;
         such an answer begins again there. If later text was given out, it ends.
+
+        Args:
+            queued: answers that begin when there is room; some have begun before and were put back.
         """
         self._is_changed = True
-        now = dict(zip(map(id, self.running), self.chooser.choose(self.running), strict=True))
         again: list[Running] = []
-        for running in [*self.running, *self.held]:
+        for running in [*self.running, *self.held, *queued]:
             for stretch in running.stretches:
                 stretch.withdraw(change.tainted)
+        for running in queued:
+            if running.names_read & change.tainted:
+                self._go_back(running, running.certified, [])
+        now = self._readers_now()
+        for running in [*self.running, *self.held]:
             readers = now.get(id(running))
             if running.names_read & change.tainted:
                 self._go_back(running, running.certified, again)
@@ -219,6 +227,14 @@ class Answering:
                 running.renew(readers, not self.memory.affected(self.policy.target))
         self._again(again)
         self._remove_finished()
+
+    def _readers_now(self) -> dict[int, Readers | None]:
+        """Who would read the answers in the batch; nothing where what is served changes while it is asked."""
+        try:
+            return dict(zip(map(id, self.running), self.chooser.choose(self.running), strict=True))
+        except ServedChangedError:
+            self.memory.is_stale = True  # what is tainted has to leave the answers all the same
+            return {}
 
     def _go_back(self, running: Running, keep: int, again: list[Running]) -> None:
         """Forget all but the first tokens, or end where later ones were given out."""
