@@ -201,6 +201,8 @@ class Library:
             return self.nobody
         slots = self.require(list(counts))
         weights = [count / len(self.names) for count in counts.values()]
+        if MERGED in self.model.peft_config:  # after the others: PEFT does not do without any
+            self.model.delete_adapter(MERGED)
         self.model.add_weighted_adapter(slots, weights, MERGED, combination_type="cat")
         self.model.set_adapter(MERGED)
         for slot in set(slots) - {self.nobody}:
@@ -209,16 +211,10 @@ class Library:
         return MERGED
 
     def unmerge(self) -> None:
-        """Overwrite the merged adapter with zeros and take it out, so that `merge` can be called again."""
+        """Overwrite the merged adapter with zeros: it was made of what may be withdrawn."""
         for layer in self._layers(MERGED):
             for part in PARTS:
                 getattr(layer, part)[MERGED].weight.data.zero_()
-        first = next(iter(self.directories))
-        self.model.load_adapter(str(self.directories[first]), adapter_name=_slot(0))
-        self._hold(first, _slot(0))
-        self.model.set_adapter(_slot(0))
-        self.model.delete_adapter(MERGED)
-        self.loads += 1
 
 
 def _slot(number: int) -> str:

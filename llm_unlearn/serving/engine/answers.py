@@ -110,6 +110,8 @@ class Running:
         """From here on these read it."""
         several = len(readers.members) > 1
         weights = self.decoding.weights(readers.shares)
+        if self.stretches and not self.stretches[-1].tokens:
+            self.stretches.pop()  # they said nothing
         self.stretches.append(Stretch(readers, ScoreTally(weights) if several else None))
         self.epoch, self.affected, self.is_unsafe = epoch, affected, self.is_unsafe or is_unsafe
 

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -63,9 +63,9 @@ class BatchEngine:
         self.answering = Answering(memory, reading, policy, max_batch, on_uncertified)
         self._on_change = on_change
         self._waiting: deque[Running] = deque()
+        self._beginning: list[Running] = []  # taken from those, and not in the batch yet
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
-        self._beginning: list[Running] = []
         self._is_noticed = True
         self._is_changed = False
         self._is_draining = self._is_closed = False
@@ -108,12 +108,13 @@ class BatchEngine:
             self._is_draining = True
             self._wake.notify()
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if not self._waiting and not self.answering.running:
-                break
+        while time.monotonic() < end and self._is_busy():
             time.sleep(LOOK_SECONDS)
-        is_done = not (self._waiting or self.answering.running or self.answering.held)
-        return is_done
+        return not (self._is_busy() or self.answering.held)
+
+    def _is_busy(self) -> bool:
+        with self._wake:
+            return bool(self._waiting or self._beginning or self.answering.running)
 
     def close(self) -> None:
         with self._wake:
@@ -138,29 +139,21 @@ class BatchEngine:
             except ServedChangedError:
                 self.memory.is_stale = True
                 self._is_noticed = True
-                back = {id(r): r for r in [*self.answering.take_back(), *self._beginning]}
-                held = {id(running) for running in self.answering.held}
-                self._beginning = []
-                self._waiting.extendleft(
-                    r for r in reversed(back.values()) if id(r) not in held and not r.is_cancelled
-                )
+                not_begun = self._not_begun()
+                self._put_back([*self.answering.take_back(), *not_begun])
             except (UserError, OSError) as error:
                 self._fail(f"{error}")
             except Exception as error:  # one bad batch does not end the service
                 log.exception("the engine failed")
                 self._fail(type(error).__name__)
-        for running in [*self.answering.abandon(), *self._waiting]:
+        for running in [*self._not_begun(), *self.answering.abandon(), *self._waiting]:
             running.listen(Failure("unavailable", "the server stops", RETRY_SECONDS))
         self._run_tasks()
 
     def _fail(self, reason: str) -> None:
         """Nothing of what is under way can be trusted to go on."""
-        lost = {id(r): r for r in [*self.answering.abandon(), *self._beginning]}
-        self._beginning = []
-        for running in lost.values():
-            if not running.is_cancelled:
-                running.is_cancelled = True
-                running.listen(Failure("unavailable", f"try again: {reason}", RETRY_SECONDS))
+        for running in [*self._not_begun(), *self.answering.abandon()]:
+            running.listen(Failure("unavailable", f"try again: {reason}", RETRY_SECONDS))
         self.memory.is_stale = True
         self._state = self._describe(is_ready=False)
         time.sleep(LOOK_SECONDS)
@@ -169,13 +162,13 @@ class BatchEngine:
         self._sleep()
         self._run_tasks()
         self.answering.sweep()
-        begins = self._beginning = self._taken()
+        self._take()
         # After they were taken: what was acknowledged before they came is seen now.
-        if begins or self._is_noticed or time.monotonic() - self._looked > LOOK_SECONDS:
+        if self._beginning or self._is_noticed or time.monotonic() - self._looked > LOOK_SECONDS:
             self._look()
-        if begins:
-            self.answering.begin(begins)
-        self._beginning = []
+        if self._beginning:
+            self.answering.begin([r for r in self._beginning if not r.is_cancelled])
+            self._beginning = []
         self.answering.step()
         self._note()
 
@@ -194,23 +187,37 @@ class BatchEngine:
             except Exception as error:
                 future.set_exception(error)
 
-    def _taken(self) -> list[Running]:
+    def _take(self) -> None:
+        """Those that have waited longest and for which there is room."""
         with self._wake:
-            taken: list[Running] = []
-            while self._waiting and self.answering.has_room(len(taken)):
-                taken.append(self._waiting.popleft())
-        return [running for running in taken if not running.is_cancelled]
+            while self._waiting and self.answering.has_room(len(self._beginning)):
+                running = self._waiting.popleft()
+                if not running.is_cancelled:
+                    self._beginning.append(running)
+
+    def _not_begun(self) -> list[Running]:
+        """What was taken when something went wrong, and is nobody's yet."""
+        known = set(map(id, [*self.answering.running, *self.answering.held]))
+        lost = [r for r in self._beginning if id(r) not in known and not r.is_cancelled]
+        self._beginning = []
+        return lost
+
+    def _put_back(self, again: Sequence[Running]) -> None:
+        """First in the queue once more, in their order."""
+        with self._wake:
+            self._waiting.extendleft(reversed(again))
 
     def _look(self) -> None:
         self._is_noticed = False
         self._looked = time.monotonic()
         change = self.memory.refresh()
         if change is not None:
-            self.answering.follow(change, [*self._waiting, *self._beginning])
+            with self._wake:
+                queued = [*self._beginning, *self._waiting]
+            self.answering.follow(change, queued)
             self._list_residents()
             self._is_changed = True
-        # First in the queue again, in the order in which they were asked.
-        self._waiting.extendleft(reversed(self.answering.released()))
+        self._put_back(self.answering.released())
 
     def _note(self) -> None:
         finished = self.answering.seconds

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-UNFINISHED = "\ufffd"  # what a tokenizer says of bytes that are not yet a character
+UNFINISHED = "\ufffd"  # what a tokenizer says of bytes that are not a character, or not yet
+LONGEST = 3  # of these at the end may still become one character, which has 4 bytes at most
 REACH = 8  # tokens before a new one that its text may depend on
 
 
@@ -11,7 +12,8 @@ class TextStream:
     """The text of a growing list of tokens, cut off before the first of some texts.
 
     What is given out is final: bytes that may become another character, and text that may become a
-    stop, wait for the next token.
+    stop, wait for the next token. The first stop is the one that is complete first (of several that end
+    together the longest), so that it does not matter how a text is split into tokens.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
@@ -19,7 +21,8 @@ class TextStream:
         self._stop = tuple(text for text in stop if text)
         self._tokens: list[int] = []
         self._start = 0  # of the tokens that are decoded together
-        self._read = 0  # tokens whose text is known
+        self._known = 0  # characters of their text that are read
+        self._whole: list[int] = []  # where later ones may start: a character ends before
         self._waiting = ""
         self.text = ""
         self.is_stopped = False
@@ -27,32 +30,53 @@ class TextStream:
     def push(self, token: int) -> str:
         """One more token; returns the text that is final now, perhaps none."""
         self._tokens.append(token)
-        before = self._decode(self._start, self._read)
-        now = self._decode(self._start, len(self._tokens))
-        if now.endswith(UNFINISHED) and len(self._tokens) - self._read < REACH:
+        now = self._decode(self._start)
+        unfinished = min(LONGEST, len(now) - len(now.rstrip(UNFINISHED)))
+        last = self._whole[-1] if self._whole else self._start
+        # Some tokenizers say it of all bytes in a row where the last ones are not a character yet.
+        if unfinished and len(self._tokens) - last < REACH:
             return ""
-        self._waiting += now[len(before) :]
-        self._start = max(self._start, self._read - REACH)
-        self._read = len(self._tokens)
+        self._read(now, len(now) - unfinished)
+        if not unfinished:
+            self._whole.append(len(self._tokens))
+            self._move_on()
         return self._give(is_end=False)
 
     def finish(self) -> str:
         """The rest: no token comes any more."""
-        before = self._decode(self._start, self._read)
-        self._waiting += self._decode(self._start, len(self._tokens))[len(before) :]
-        self._read = len(self._tokens)
+        now = self._decode(self._start)
+        self._read(now, len(now))
         return self._give(is_end=True)
 
-    def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True)
+    def _read(self, now: str, end: int) -> None:
+        self._waiting += now[self._known : end]
+        self._known = max(self._known, end)
+
+    def _move_on(self) -> None:
+        """Decode no more tokens the next time than are needed.
+
+        Where a character ends: bytes that are torn off from it could spoil all that follow.
+        """
+        far = [place for place in self._whole if place <= len(self._tokens) - REACH]
+        if far:
+            self._start = far[-1]
+            self._whole = [place for place in self._whole if place > self._start]
+            self._known = len(self._decode(self._start))
+
+    def _decode(self, start: int) -> str:
+        # Not cleaned up: that would take spaces back which are given out.
+        return self._tokenizer.decode(
+            self._tokens[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def _give(self, is_end: bool) -> str:
         if self.is_stopped:
             return ""
-        found = [place for stop in self._stop if (place := self._waiting.find(stop)) >= 0]
+        places = [(self._waiting.find(stop), len(stop)) for stop in self._stop]
+        found = [(place + length, place) for place, length in places if place >= 0]
         if found:
             self.is_stopped = True
-            given, self._waiting = self._waiting[: min(found)], ""
+            given, self._waiting = self._waiting[: min(found)[1]], ""
         else:
             kept = 0 if is_end else self._begun()
             cut = len(self._waiting) - kept
