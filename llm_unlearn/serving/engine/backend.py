@@ -83,7 +83,7 @@ class Backend:
         """Tell the others how far this server has followed the ledger."""
         while not self._is_closed:
             try:
-                self.replicas.beat(self.engine.state().epoch)
+                self.replicas.beat(self.engine.followed)
             except (OSError, RunError) as error:
                 self.scheduler.problem = f"cannot write the heartbeat: {error}"
             self._is_changed.wait(BEAT_SECONDS)
