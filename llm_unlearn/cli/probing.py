@@ -1,5 +1,6 @@
 """probe, sync-vllm."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,6 @@ import typer
 
 from llm_unlearn import console
 from llm_unlearn.cli.application import (
-    MOST_SHARDS,
     PUBLISHING,
     REQUESTS,
     Json,
@@ -50,6 +50,7 @@ def probe(  # noqa: PLR0913 - a command has its options
         bool, typer.Option("--show_text", help="Show the first answers that differ.")
     ] = False,
     seconds: Seconds = 30.0,
+    every: Annotated[bool, typer.Option("--all", help="List the clean adapters too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Is anything left of what was deleted? On disk, or in a server's memory and caches."""
@@ -67,12 +68,12 @@ def probe(  # noqa: PLR0913 - a command has its options
     if as_json:
         console.print_json(found.to_dict())
     else:
-        _print(found)
+        _print(found, every)
     if not found.is_clean:
         raise typer.Exit(1)
 
 
-def _print(found: "Probe") -> None:
+def _print(found: "Probe", every: bool) -> None:
     from rich.markup import escape
 
     rows = [(escape(look.place), look.examined, look.verdict) for look in found.looks]
@@ -86,29 +87,33 @@ def _print(found: "Probe") -> None:
         _print_lines(look, "note", look.notes)
     bad = sum(len(look.problems) for look in found.looks)
     unseen = sum(bool(look.unseen) for look in found.looks)
-    _print_adapters(found)
-    aside = f" {unseen} places could not be looked at, or not wholly." if unseen else ""
-    print((f"{bad} findings." if bad else "Nothing deleted was found.") + aside)
+    _print_adapters(found, every)
+    places = "1 place" if unseen == 1 else f"{unseen} places"
+    aside = f" {places} could not be looked at, or not wholly." if unseen else ""
+    findings = "1 finding." if bad == 1 else f"{bad} findings."
+    print((findings if bad else "Nothing deleted was found.") + aside)
 
 
-def _print_adapters(found: "Probe") -> None:
-    """Those with a finding first; a person reads no thousand."""
+def _print_adapters(found: "Probe", every: bool) -> None:
+    """Those with a finding; the clean ones are a number, unless they are asked for."""
     from rich.markup import escape
 
-    by_finding = sorted(found.adapters, key=lambda adapter: adapter.problem is None)
+    verdicts = {
+        adapter: "residue" if adapter.problem else "clean" if adapter.digest else "by name"
+        for adapter in found.adapters
+    }
     rows = [
-        (
-            escape(adapter.name),
-            (adapter.digest or "not seen")[:12],
-            escape(adapter.place),
-            "residue" if adapter.problem else "clean" if adapter.digest else "by name",
-        )
-        for adapter in by_finding[:MOST_SHARDS]
+        (escape(adapter.name), (adapter.digest or "not seen")[:12], escape(adapter.place), verdict)
+        for adapter, verdict in verdicts.items()
+        if every or verdict != "clean"
     ]
-    more = len(found.adapters) - len(rows)
-    title = f"{len(found.adapters)} adapters" + (f" (--json has {more} more)" if more else "")
     if rows:
-        console.print_table(title, ("name", "digest", "where", "verdict"), rows)
+        console.print_table("adapters", ("name", "digest", "where", "verdict"), rows)
+    counts = Counter(verdicts.values())
+    held = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    left = sum(counts.values()) - len(rows)
+    more = " (--all lists them by digest)" if left else ""
+    print(f"live adapters: {held or 'none'}{more}")
 
 
 def _print_lines(look: "Look", what: str, lines: list[str]) -> None:

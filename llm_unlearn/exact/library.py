@@ -1,6 +1,7 @@
 """The served adapters of a run on one base model, of which only the last used stay loaded."""
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -163,13 +164,20 @@ class Library:
             self.model.load_adapter(directory, adapter_name=slot)
             self.loads += 1
             for old in self.spare:  # after the new one: PEFT does not do without any
-                self.model.delete_adapter(old)
+                self._delete(old)
             self.spare = {}
         self._hold(name, slot)
         self.changes += 1
         if (read_lineage(self.directories[name]) or {}).get("digest") != self.contents[name]:
             self.withdraw(name)
             raise ServedChangedError(f"what is served as {name} changed while it was loaded")
+
+    def _delete(self, slot: str) -> None:
+        with (
+            warnings.catch_warnings()
+        ):  # which one is active means nothing: every row names its own
+            warnings.filterwarnings("ignore", "Adapter .* was active")
+            self.model.delete_adapter(slot)
 
     def _hold(self, name: str, slot: str) -> None:
         self.slots[name], self.contents[name] = slot, self._digest(name)

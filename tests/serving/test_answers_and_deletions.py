@@ -115,8 +115,12 @@ def test_oblivious_waits_for_everything(run: S3TRun) -> None:
 def test_serving_anyway_is_said_to_be_unsafe(run: S3TRun) -> None:
     with serving(run, make_policy("serve-anyway")) as engine:
         before = [a.text for a in ask_all(engine, QUESTIONS[:6], max_tokens=4)]
+        followed = engine.followed
         run.delete([NAMES[3]])
         after = ask_all(engine, QUESTIONS[:6], max_tokens=4)
+        assert (
+            engine.followed == followed < after[0].epoch
+        )  # or the deletion would count as not served
         assert [a.text for a in after] == before
         assert {a.served for a in after} == {"unsafe"} and not any(
             a.certified_tokens for a in after
@@ -124,6 +128,7 @@ def test_serving_anyway_is_said_to_be_unsafe(run: S3TRun) -> None:
         run.rebuild()
         engine.notice()
         assert {a.served for a in ask_all(engine, QUESTIONS[:6], max_tokens=4)} == {"certified"}
+    assert engine.followed == engine.state().epoch > followed
 
 
 @pytest.fixture

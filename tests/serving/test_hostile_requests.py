@@ -185,3 +185,21 @@ def test_other_names_and_other_pages(trained_run: Path) -> None:
     assert ask("localhost:8000", "http://localhost:8000") == 200
     assert ask("localhost:8000", "http://localhost:8888") == 403
     assert ask("localhost:8000", "https://evil.example") == ask("localhost:8000", "null") == 403
+
+
+def test_what_is_wrong_is_said_in_words(served: Served) -> None:
+    """And not in pydantic's names for the types of a field."""
+    for wrong, words in [
+        ({"prompt": ""}, "prompt: String should have at least 1 character"),
+        ({"suffix": "x"}, "suffix: this server supports only null"),
+        ({"stop": ["x"] * 5}, "stop: List should have at most 4 items"),
+    ]:
+        message = check_refused(send(served, COMPLETE, json=GOOD[COMPLETE] | wrong), 400)
+        assert words in message and "constrained" not in message
+    late = check_refused(send(served, DELETE, json=GOOD[DELETE] | {"deadline": "soon"}), 400)
+    assert late == "deadline: expected text in ISO 8601, such as 2026-12-31"
+    kind = {"Content-Type": "application/json"}
+    assert (
+        check_refused(send(served, COMPLETE, content=b"{", headers=kind), 400) == "body: not JSON"
+    )
+    assert "Content-Type" in check_refused(send(served, COMPLETE, content=b"{}"), 400)

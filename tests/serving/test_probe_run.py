@@ -405,7 +405,10 @@ def test_a_run_that_changes_meanwhile_is_looked_at_again(
 
 def test_the_command(say: Say, run: S3TRun, before: Path) -> None:
     code, text, _ = say("probe", run.path)
-    assert code == 0 and "Nothing deleted was found." in text and "2 adapters" in text
+    assert code == 0 and "Nothing deleted was found." in text
+    assert "live adapters: 2 clean (--all lists them by digest)" in text and "shard-" not in text
+    code, text, _ = say("probe", run.path, "--all")
+    assert code == 0 and text.count(" shard-") == 2 and "(--all" not in text
     for place in ("records", "nodes", "served", "earlier generations", "open files", "hard links"):
         assert f" {place} " in text
     told = in_json(say("probe", run.path, "--json"))

@@ -71,6 +71,13 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(run_path: Path) -> None:
         server.run_on(bind("127.0.0.1", 0))
 
 
+def test_a_certificate_that_is_none(run_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.pem").write_text("no certificate")
+    for key in (tmp_path / "x.pem", tmp_path / "missing"):
+        with pytest.raises(UserError, match="cannot be used: expected PEM"):
+            Server(Served(run_path).service, Served, lambda: None, (tmp_path / "x.pem", key))
+
+
 def test_a_port_that_is_taken() -> None:
     with bind("127.0.0.1", 0) as taken, pytest.raises(RunError, match="in use") as caught:
         bind("127.0.0.1", taken.getsockname()[1])

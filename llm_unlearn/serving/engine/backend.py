@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Mapping, Sequence
 
+from transformers.utils import logging
+
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact.base_model import load_base_of
 from llm_unlearn.exact.ensemble import ShardEnsemble
@@ -26,6 +28,7 @@ class Backend:
     Raises:
         UserError: nothing is served there, the base model cannot be loaded, or the policy's threshold
             is more than there are shards.
+        RunError: another live server has the name.
 
     Attributes:
         tokenizer: of the base model.
@@ -39,15 +42,18 @@ class Backend:
         max_waiting: int = 256,
         name: str | None = None,
     ):
+        self.replicas = Replicas(run.directory, name)
+        self.replicas.claim()
         run.settle()  # what a crash left acknowledged is carried out before anything is loaded
         directory = run.directory
         self.run, self.policy = run, policy.for_shards(max(1, len(directory.shards)))
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # it warns of long prompts, which are refused
         model, self.tokenizer = load_base_of(directory)
         self.ensemble = ShardEnsemble.from_run(
             model, directory.served, directory.config.rule, self.tokenizer
         )
         memory = Memory(directory, self.ensemble, policy.is_unsafe)
-        self.replicas = Replicas(directory, name)
         self._is_changed = threading.Event()
         self._is_closed = False
         self.scheduler = Scheduler(
@@ -77,7 +83,7 @@ class Backend:
         """Tell the others how far this server has followed the ledger."""
         while not self._is_closed:
             try:
-                self.replicas.beat(self.engine.state().epoch)
+                self.replicas.beat(self.engine.followed)
             except (OSError, RunError) as error:
                 self.scheduler.problem = f"cannot write the heartbeat: {error}"
             self._is_changed.wait(BEAT_SECONDS)

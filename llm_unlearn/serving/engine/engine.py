@@ -46,6 +46,10 @@ class BatchEngine:
         max_waiting: queries that wait or are held; one more is refused.
         on_change: called from the engine's thread when the memory has followed the ledger.
         on_uncertified: called when a query could not be certified.
+
+    Attributes:
+        followed: entries of the ledger that the memory and all answers follow; under `serve-anyway` behind
+            those that are known.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class BatchEngine:
         self._names: frozenset[str] = frozenset()
         self._list_residents()
         self._state = self._describe(is_ready=True)
+        self.followed = memory.epoch
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -225,6 +230,8 @@ class BatchEngine:
             self._seconds = 0.8 * self._seconds + 0.2 * finished[-1]
             finished.clear()
         self._state = self._describe(is_ready=not self._is_draining)
+        if not self.memory.is_lagging:
+            self.followed = self.memory.epoch
         if self._is_changed:  # after the state says so
             self._is_changed = False
             self._on_change()

@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llm_unlearn import files
+from llm_unlearn.errors import RunError
 from llm_unlearn.exact.ledger import Request
 from llm_unlearn.exact.store import RunDirectory
 
 FOLDER = "serving"
 BEAT_SECONDS = 2.0
+FRESH_SECONDS = 10.0  # a heartbeat that is older is of a server that has ended, or stands still
 LOOK_SECONDS = 0.2
 
 
@@ -35,6 +37,14 @@ class Beat:
     pid: int
     beat: float
     epoch: int
+
+    @property
+    def age(self) -> float:
+        return time.time() - self.beat
+
+    @property
+    def is_another(self) -> bool:
+        return (self.host, self.pid) != (socket.gethostname(), os.getpid())
 
     @property
     def is_gone(self) -> bool:
@@ -63,6 +73,19 @@ class Replicas:
         self._sequences: dict[str, int] = {}
         self._followed: tuple[float, int | None] = (0.0, None)
         self.folder = run.path / FOLDER / "replicas"
+
+    def claim(self) -> None:
+        """Take the name; it is free again when its server has ended.
+
+        Raises:
+            RunError: another live server has it: each would speak for the other's memory.
+        """
+        for said in self.beats():
+            if said.id == self.id and said.is_another and said.age < FRESH_SECONDS:
+                raise RunError(
+                    f"--replica {self.id} is a server that runs (process {said.pid} on {said.host}): "
+                    f"choose another name, or try again {FRESH_SECONDS:.0f} s after its end"
+                )
 
     def beat(self, epoch: int) -> None:
         """Say how far this server has followed the ledger."""

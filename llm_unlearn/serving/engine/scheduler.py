@@ -1,5 +1,6 @@
 """Executes what is pending when the policy says so: a rebuild in another process, while answers go on."""
 
+import logging
 import subprocess
 import threading
 import time
@@ -12,6 +13,8 @@ from llm_unlearn.exact.policy import LOG_NAME, start_rebuild
 from llm_unlearn.exact.settling import settle
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.serving.policy import Policy, is_due
+
+log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
 PAUSE_SECONDS = 30.0  # after a rebuild that failed
@@ -104,7 +107,7 @@ class Scheduler:
             try:
                 self.look()
             except (OSError, RunError) as error:
-                self.problem = f"what is pending could not be executed: {error}"
+                self._tell(f"what is pending could not be executed: {error}")
                 self._not_before = time.monotonic() + PAUSE_SECONDS
 
     def look(self) -> None:
@@ -156,9 +159,14 @@ class Scheduler:
             self.executions += 1
             self.problem = None
         else:
-            self.problem = f"the rebuild ended with {code}: see {self.run.path / LOG_NAME}"
+            self._tell(f"the rebuild ended with {code}: see {self.run.path / LOG_NAME}")
             self._not_before = time.monotonic() + PAUSE_SECONDS
         self._notice()
+
+    def _tell(self, problem: str) -> None:
+        """Whoever runs the server has to know: queries may be waiting for what has failed."""
+        self.problem = problem
+        log.warning("%s; tried again in %.0f s", problem, PAUSE_SECONDS)
 
     @property
     def is_executing(self) -> bool:

@@ -1,6 +1,7 @@
 """What is said instead of an answer: errors in OpenAI's shape, one sentence each, never a traceback."""
 
 import logging
+import re
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,15 @@ CLIENT_GONE = 499
 UNFORESEEN = "something went wrong on the server; its log names the place"
 LOGGED = "llm_unlearn.logged"
 MOST_NAMED = 5  # fields that are wrong
+PLACES = ("body", "query", "header", "path")
+BRANCH = re.compile(r"constrained-str|[a-z-]+\[.*\]")  # pydantic's names of a field's types
+WORDS = {
+    "extra_forbidden": "this server does not know the field, and does nothing with it",
+    "none_required": "this server supports only null",
+    "json_invalid": "not JSON",
+    "model_attributes_type": "expected a JSON object, with Content-Type: application/json",
+    "date": "expected text in ISO 8601, such as 2026-12-31",
+}
 
 
 class Refusal(HTTPException):
@@ -118,20 +128,29 @@ def describe(wrong: Sequence[Any]) -> str:
     """What is wrong with which fields, without what they held."""
     told = []
     for entry in wrong[:MOST_NAMED]:
-        words = str(entry["msg"]).removeprefix("Value error, ")
-        if entry["type"] == "extra_forbidden":
-            words = "this server does not know the field, and does nothing with it"
-        elif entry["type"] == "literal_error":
-            words = f"this server supports only {entry['ctx']['expected']}"
-        told.append(f"{_place(entry) or 'body'}: {words}")
+        told.append(f"{_place(entry) or 'body'}: {_words(entry)}")
     more = f"; and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
     return "; ".join(dict.fromkeys(told)) + more
 
 
+def _words(entry: Any) -> str:
+    kind = str(entry["type"])
+    if kind == "literal_error":
+        return f"this server supports only {entry['ctx']['expected']}"
+    if kind.startswith(("date_", "datetime_")):
+        return WORDS["date"]
+    if kind == "model_attributes_type" and _place(entry) is not None:
+        return "expected an object"
+    return WORDS.get(kind, str(entry["msg"]).removeprefix("Value error, "))
+
+
 def _place(entry: Any) -> str | None:
     """The path of a field; names that were made up by whoever asks are cut."""
-    parts = [str(part)[:60] for part in entry["loc"] if part not in ("body", "query", "header")]
-    return ".".join(part for part in parts if part.isprintable())[:200] or None
+    if entry["type"] == "json_invalid":
+        return None
+    parts = [str(part)[:60] for part in entry["loc"] if part not in PLACES]
+    own = (part for part in parts if part.isprintable() and not BRANCH.fullmatch(part))
+    return ".".join(own)[:200] or None
 
 
 async def answer_unforeseen(request: Request, error: Exception) -> Response:

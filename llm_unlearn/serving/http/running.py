@@ -5,6 +5,7 @@ import contextlib
 import errno
 import logging
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,20 @@ def bind(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on --host {host} --port {port}: {error}") from None
 
 
+def _ensure_tls(tls: tuple[Path, Path] | None) -> None:
+    """
+    Raises:
+        UserError: the certificate or its key cannot be used.
+    """
+    if tls is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*tls)
+    except (OSError, ValueError) as error:  # of OpenSSL's errors too
+        words = f"--tls-certificate {tls[0]} --tls-key {tls[1]} cannot be used: expected PEM files"
+        raise UserError(f"{words} of a certificate and its key ({error})") from None
+
+
 class Server(uvicorn.Server):
     """One server of one run, until a signal or an engine that cannot be opened ends it.
 
@@ -60,6 +75,7 @@ class Server(uvicorn.Server):
         tls: tuple[Path, Path] | None = None,
     ) -> None:
         certificate, key = tls or (None, None)
+        _ensure_tls(tls)
         super().__init__(
             uvicorn.Config(
                 make_app(service),

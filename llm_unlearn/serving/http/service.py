@@ -166,7 +166,8 @@ class Service:
         """Refuse what goes over a token's limit (429)."""
         wait = self.asks.take(token.name, prompts, token.asks_per_minute)
         if wait:
-            raise Refusal(429, "too_many_asks", "the token has asked too often", retry_after=wait)
+            words = "too many prompts in a minute (--asks-per-minute, or the limit of the token)"
+            raise Refusal(429, "too_many_asks", words, retry_after=wait)
 
     def limit_deletions(self, token: Token, pseudonyms: Sequence[str]) -> None:
         """Refuse a flood of deletions (429): with everything affected, nothing is certified."""

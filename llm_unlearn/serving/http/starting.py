@@ -112,7 +112,11 @@ def serve_run(
         is_encrypted=place.tls is not None,
         is_loopback=place.is_loopback,
     )
-    server = Server(service, lambda: opening(replica), lambda: on_ready(started), place.tls)
+    try:
+        server = Server(service, lambda: opening(replica), lambda: on_ready(started), place.tls)
+    except UserError:
+        listening.close()
+        raise
     server.run_on(listening)
 
 

@@ -144,10 +144,12 @@ def offline(path: Path, max_tokens: int) -> Answerer:
         RunError: the run fails its verification.
     """
     import torch
+    from transformers.utils import logging
 
     from llm_unlearn.exact.base_model import load_base_of
     from llm_unlearn.exact.ensemble import ShardEnsemble
 
+    logging.disable_progress_bar()
     run = S3TRun.open(path)
     failed = [check.name for check in run.verify() if not check.passed]
     if failed:
