@@ -46,7 +46,12 @@ def serve(  # noqa: PLR0913 - typer makes an option of every argument
         str | None, typer.Option(help="This server among several of the run (MACHINE-PORT).")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="By name (threshold-clean).", rich_help_panel=POLICY)
+        str | None,
+        typer.Option(
+            help="immediate-execute, uncertified-execute, threshold-execute, -defer, -clean (default) or "
+            "-abstain, deadline-clean, oblivious; UNSAFE: serve-anyway.",
+            rich_help_panel=POLICY,
+        ),
     ] = None,
     timing: Annotated[
         str | None,
@@ -93,7 +98,11 @@ def serve(  # noqa: PLR0913 - typer makes an option of every argument
         typer.Option(help="Queries that may wait; more get 429.", min=1, rich_help_panel=LIMITS),
     ] = 256,
     timeout: Annotated[
-        float, typer.Option(help="Seconds until a query gets 504.", rich_help_panel=LIMITS)
+        float,
+        typer.Option(
+            help="Seconds until a query gets 504, also one that waits for a rebuild.",
+            rich_help_panel=LIMITS,
+        ),
     ] = 120.0,
     drain: Annotated[
         float,

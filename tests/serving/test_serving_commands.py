@@ -132,7 +132,7 @@ def test_tokens_from_the_command_line(say: Any, run_path: Path) -> None:
     )
     assert Tokens(path).holder(told["token"]) is not None
     listed = say("token", "list", run_path).out
-    assert "web: ask, delete, may delete 1 subjects" in listed and "ops: operate" in listed
+    assert "web: ask, delete, may delete 1 subject;" in listed and "ops: operate" in listed
     assert given not in listed and holder.sha256 not in say("token", "list", run_path, "--json").out
     assert say("token", "revoke", run_path, "--name", "web").code == 0
     assert [token.name for token in read_tokens(path)] == ["ops"]

@@ -131,7 +131,6 @@ class Scheduler:
             self._is_uncertified,
         )
         if reason and time.monotonic() >= self._not_before:
-            self._is_uncertified = False
             self._process = start_rebuild(self.run)
 
     def _settle(self) -> None:
@@ -156,6 +155,7 @@ class Scheduler:
     def _ended(self, code: int) -> None:
         self._process = None
         if code == 0:
+            self._is_uncertified = False  # not before: what waits for it still does when one fails
             self.executions += 1
             self.problem = None
         else:

@@ -55,7 +55,9 @@ class Token:
     @property
     def reach(self) -> str:
         """Whom it may delete, in words."""
-        return "everybody" if EVERYBODY in self.subjects else f"{len(self.subjects)} subjects"
+        if EVERYBODY in self.subjects:
+            return "everybody"
+        return "1 subject" if len(self.subjects) == 1 else f"{len(self.subjects)} subjects"
 
     def may_delete(self, pseudonyms: Sequence[str]) -> bool:
         if not self.may(DELETE):
