@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Mapping, Sequence
 
-from llm_unlearn.errors import RunError
+from llm_unlearn.errors import UserError
 from llm_unlearn.exact.base_model import load_base_of
 from llm_unlearn.exact.ensemble import ShardEnsemble
 from llm_unlearn.exact.run import S3TRun
@@ -78,7 +78,7 @@ class Backend:
         while not self._is_closed:
             try:
                 self.replicas.beat(self.engine.state().epoch)
-            except (OSError, RunError) as error:
+            except (OSError, UserError) as error:
                 self.scheduler.problem = f"cannot write the heartbeat: {error}"
             self._is_changed.wait(BEAT_SECONDS)
             self._is_changed.clear()
