@@ -71,6 +71,8 @@ class Answer:
         affected: shards that a pending request affected then.
         certified_tokens: how many tokens from the first are certified.
         tally: votes for each label, in their order.
+        counts: for each of the first tokens that several readers chose: what it has for certain, what
+            the best other could reach, and the affected weight. No token can be told from them.
     """
 
     text: str
@@ -82,6 +84,7 @@ class Answer:
     completion_tokens: int
     certified_tokens: int
     tally: tuple[int, ...] = ()
+    counts: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)

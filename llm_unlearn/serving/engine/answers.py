@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from llm_unlearn.serving.certificate import ScoreTally
@@ -10,6 +11,9 @@ from llm_unlearn.serving.engine.batch import Row
 from llm_unlearn.serving.engine.decoding import Decoding, Readers
 from llm_unlearn.serving.engine.text import TextStream
 from llm_unlearn.serving.queries import Answer, Listener, Piece, Query, Served
+
+COUNTED = 512  # tokens whose tallies an answer tells
+DIGITS = 4
 
 Finish = Literal["stop", "length", "withdrawn", "uncertified"]
 
@@ -157,7 +161,18 @@ class Running:
             completion_tokens=len(self.tokens),
             certified_tokens=0 if self.is_unsafe else self.certified,
             tally=tuple(tally),
+            counts=self._counts(),
         )
+
+    def _counts(self) -> tuple[tuple[float, float, float], ...]:
+        told = (
+            count
+            for stretch in self.stretches
+            if stretch.tally is not None
+            for count in stretch.tally.counts()[: stretch.tokens]
+        )
+        first = islice(told, COUNTED)
+        return tuple((round(w, DIGITS), round(r, DIGITS), round(a, DIGITS)) for w, r, a in first)
 
     def _served(self, reason: Finish) -> Served:
         if reason in ("withdrawn", "uncertified"):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers.utils import logging
 
-from llm_unlearn.errors import RunError
+from llm_unlearn.errors import UserError
 from llm_unlearn.exact.base_model import load_base_of
 from llm_unlearn.exact.ensemble import ShardEnsemble
 from llm_unlearn.exact.run import S3TRun
@@ -84,7 +84,7 @@ class Backend:
         while not self._is_closed:
             try:
                 self.replicas.beat(self.engine.followed)
-            except (OSError, RunError) as error:
+            except (OSError, UserError) as error:
                 self.scheduler.problem = f"cannot write the heartbeat: {error}"
             self._is_changed.wait(BEAT_SECONDS)
             self._is_changed.clear()

@@ -147,27 +147,41 @@ def next_token(
     if tally is None:
         return Token(token, not is_affected)
     is_out = torch.tensor(readers.affected) | parts.is_close
-    rival, is_certain = _certificate(parts, is_out, decoding.temperature, noise, token)
+    told = (parts, is_out, decoding.temperature, noise, token)
     # Where nothing is affected the answer is what it is, close or not.
-    is_certified = is_certain or not is_affected
+    is_certified = not is_affected or _is_certain(*told)
+    rival = _rival(*told)
     tally.append(parts.by_reader[:, token].numpy(), is_out.numpy(), rival, is_certified)
     return Token(token, is_certified)
 
 
-def _certificate(
+def _rival(
     parts: Parts,
     is_out: torch.Tensor,
     temperature: float,
     noise: torch.Tensor | None,
     token: int,
-) -> tuple[Rival, bool]:
-    """What the token must have to stay, and whether it has."""
+) -> Rival:
+    """What the token must have to stay."""
+    certain = parts.by_reader[~is_out].sum(0)
+    weight = float(parts.most[is_out].sum())
+    if noise is None:
+        return rival_of(certain, weight, token, parts.slack)
+    return rival_of_draw(certain, weight, token, temperature, noise, parts.slack)
+
+
+def _is_certain(
+    parts: Parts,
+    is_out: torch.Tensor,
+    temperature: float,
+    noise: torch.Tensor | None,
+    token: int,
+) -> bool:
+    """Whether the token wins whatever the readers give that are out."""
     certain = parts.by_reader[~is_out].sum(0)
     weight = float(parts.most[is_out].sum())
     if noise is None:
         verdict = certify(certain, weight, parts.slack)
-        rival = rival_of(certain, weight, token, parts.slack)
     else:
         verdict = certify_draw(certain, weight, temperature, noise, parts.slack)
-        rival = rival_of_draw(certain, weight, token, temperature, noise, parts.slack)
-    return rival, bool(verdict.is_certified) and int(verdict.winner) == token
+    return bool(verdict.is_certified) and int(verdict.winner) == token

@@ -38,6 +38,11 @@ class Beat:
     beat: float
     epoch: int
 
+    def __post_init__(self) -> None:
+        kinds = {"id": str, "host": str, "pid": int, "beat": (int, float), "epoch": int}
+        if not all(isinstance(getattr(self, name), kind) for name, kind in kinds.items()):
+            raise TypeError("this is not what a server says")
+
     @property
     def age(self) -> float:
         return time.time() - self.beat
@@ -53,7 +58,7 @@ class Beat:
             return False
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # no process has such a number
             return True
         except PermissionError:
             return False
@@ -106,7 +111,7 @@ class Replicas:
         for path in sorted(self.folder.glob("*.json")):
             try:
                 said = Beat(**json.loads(path.read_bytes()))
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError, TypeError, RecursionError):
                 continue  # it was removed or is no such file: nobody's memory
             if said.is_gone:
                 path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from llm_unlearn.errors import RunError
+from llm_unlearn.errors import UserError
 from llm_unlearn.exact.ledger import Request
 from llm_unlearn.exact.policy import LOG_NAME, start_rebuild
 from llm_unlearn.exact.settling import settle
@@ -26,7 +26,8 @@ class Pending:
     """What an execution would carry out.
 
     Attributes:
-        requests: how many were acknowledged since the last one and reach an affected shard.
+        requests: how many were acknowledged since the last one and reach an affected shard; or the
+            last that does, which came too late for it.
         oldest_seconds: age of the oldest; of one with a deadline of its own at least so much that the
             policy's deadline falls on it.
     """
@@ -43,10 +44,10 @@ class Pending:
         since: when the last execution was published, in seconds since the epoch.
         """
         now, ages = time.time(), []
-        for request in requests:
+        reaching = [r for r in requests if not shards.isdisjoint(t.shard for t in r.targets)]
+        later = [r for r in reaching if (r.acknowledged_at or now) >= since]
+        for request in later or reaching[-1:]:
             moment = request.acknowledged_at or now
-            if moment < since or shards.isdisjoint(t.shard for t in request.targets):
-                continue
             left = float("inf") if request.deadline is None else request.deadline - now
             ages.append(max(now - moment, policy.deadline_seconds - left))
         return cls(len(ages), max(ages, default=0.0))
@@ -106,7 +107,7 @@ class Scheduler:
             self._wake.clear()
             try:
                 self.look()
-            except (OSError, RunError) as error:
+            except (OSError, UserError) as error:
                 self._tell(f"what is pending could not be executed: {error}")
                 self._not_before = time.monotonic() + PAUSE_SECONDS
 

@@ -168,6 +168,7 @@ class Asking:
             finish=answer.finish_reason,
             handling=self.service.settings.handling,
             tally=list(answer.tally),
+            counts=answer.counts,
             tokens=answer.completion_tokens,
             certified_tokens=answer.certified_tokens,
             seconds=round(seconds, 6),
