@@ -15,5 +15,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_path(trained_run: Path, tmp_path: Path) -> Path:
-    shutil.copytree(trained_run, tmp_path / "run", symlinks=True)
+    # Without what other tests' servers have logged in it.
+    ignored = shutil.ignore_patterns("serving")
+    shutil.copytree(trained_run, tmp_path / "run", symlinks=True, ignore=ignored)
     return tmp_path / "run"
