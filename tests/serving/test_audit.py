@@ -42,6 +42,7 @@ def test_what_a_line_holds(run_path: Path) -> None:
     first = lines[0]
     assert (first["served"], first["handling"], first["affected"]) == ("clean", "abstain", 1)
     assert first["epoch"] == served.run.ledger.count() and first["certified_tokens"] == 0
+    assert first["counts"] == []
     assert lines[3]["reason"] == "unavailable"
     assert SECRET not in path.read_text() and "Ada" not in path.read_text()
     assert path.stat().st_mode & 0o777 == 0o600 and unrecognised(served.run) == []

@@ -95,12 +95,12 @@ def _parts(
     decoding: Decoding,
     noise: torch.Tensor | None,
 ) -> Parts:
-    count, size = log_probs_mV.shape
+    count = len(log_probs_mV)
     most = torch.tensor(decoding.weights(shares.tolist())).double()
     if decoding.is_vote:
         votes = draw(log_probs_mV, decoding.temperature, noise, decoding.top_p)
-        by_reader = torch.nn.functional.one_hot(votes.tokens, size).double()
-        by_reader += log_probs_mV.double().exp() / count
+        by_reader = log_probs_mV.double().exp() / count
+        by_reader[torch.arange(count), votes.tokens] += 1.0
         return Parts(by_reader, most, CLOSE, votes.is_close)
     top_p = decoding.top_p if decoding.temperature else 1.0
     scores = scores_of(log_probs_mV, top_p)
