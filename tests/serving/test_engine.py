@@ -137,18 +137,30 @@ def test_acknowledged_is_enough(run: S3TRun, tiny_base: Path, monkeypatch) -> No
         in_memory_is_what_is_served(engine, run)
 
 
-def test_answers_under_way_begin_again_or_end(run: S3TRun, tiny_base: Path) -> None:
+def test_answers_under_way_begin_again_or_end(
+    run: S3TRun, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Held until the files are changed where that is uncertain: each ends as the run without the subject says."""
     tokenizer = load_tiny(tiny_base)[1]
     with serving(run, "immediate-execute") as engine:
-        options = {"max_tokens": 150}
+        options = {"max_tokens": 100}
+        deleted, step, steps = threading.Event(), engine.answering.step, []
+
+        def pausing() -> None:
+            """After some tokens, wait for the deletion."""
+            step()
+            steps.append(len(engine.answering.running))
+            if steps.count(3) >= 4:
+                deleted.wait(60)
+
+        monkeypatch.setattr(engine.answering, "step", pausing)
         whole = ask(engine, PROMPTS[3], "whole", **options)
         streamed = ask(engine, PROMPTS[3], "streamed", is_streamed=True, **options)
         other = ask(engine, PROMPTS[1], "other", is_streamed=True, **options)
         assert streamed.began.wait(60) and other.began.wait(60)
         run.delete(["Ysolde Marchetti"])
-        engine.notice()
-        expected = generated(run.ensemble(), tokenizer, [PROMPTS[3], PROMPTS[1]], 150)
+        deleted.set()
+        expected = generated(run.ensemble(), tokenizer, [PROMPTS[3], PROMPTS[1]], 100)
         assert whole.wait().text == expected[0], whole.wait()
         assert whole.wait().served in ("certified", "executed")
         cut, went_on = streamed.wait(), other.wait()
