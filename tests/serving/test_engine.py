@@ -12,6 +12,7 @@ from llm_unlearn.exact import deletion
 from llm_unlearn.exact.adapters import WEIGHTS_NAME, file_digest
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.serving.engine import engine as engine_module
+from llm_unlearn.serving.engine.engine import BatchEngine
 from llm_unlearn.serving.queries import Failure, QueueFull
 from tests.serving.engines import PROMPTS, ask, ask_all, generated, records_of_names, serving
 from tests.tiny import FAMILIES, load_tiny, make_run, make_tiny_model, make_tiny_tokenizer
@@ -102,16 +103,7 @@ def test_acknowledged_is_enough(run: S3TRun, tiny_base: Path, monkeypatch) -> No
     with serving(run) as engine:
         asked_before = ask_all(engine, PROMPTS, max_tokens=12)
         slots = dict(engine.memory.library.slots)
-
-        def die(*_):
-            raise KeyboardInterrupt
-
-        calls = iter([deletion.settle, die])
-        monkeypatch.setattr(deletion, "settle", lambda directory: next(calls)(directory))
-        with pytest.raises(KeyboardInterrupt):
-            run.delete(["Ysolde Marchetti"])
-        monkeypatch.undo()
-        assert run.directory.ledger.requests(pending=True)
+        acknowledge_only(run, "Ysolde Marchetti", monkeypatch)
         answers = ask_all(engine, PROMPTS, max_tokens=12)
         assert answers[3].text != asked_before[3].text
         (withdrawn,) = engine.memory.withdrawn
@@ -137,29 +129,56 @@ def test_acknowledged_is_enough(run: S3TRun, tiny_base: Path, monkeypatch) -> No
         in_memory_is_what_is_served(engine, run)
 
 
-def test_answers_under_way_begin_again_or_end(
-    run: S3TRun, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Held until the files are changed where that is uncertain: each ends as the run without the subject says."""
+class Pause:
+    """Answers say some tokens, and no more until it ends."""
+
+    def __init__(self, engine: BatchEngine, answers: int):
+        self._step, self._engine = engine.answering.step, engine
+        self._answers, self._steps = answers, 0
+        self._is_there, self._go_on = threading.Event(), threading.Event()
+        engine.answering.step = self._pausing  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _pausing(self) -> None:
+        self._step()
+        self._steps += len(self._engine.answering.running) == self._answers
+        if self._steps >= 4:
+            self._is_there.set()
+            assert self._go_on.wait(60)
+
+    def wait(self) -> None:
+        assert self._is_there.wait(60)
+
+    def end(self) -> None:
+        self._engine.answering.step = self._step  # pyright: ignore[reportAttributeAccessIssue]
+        self._go_on.set()
+
+
+def acknowledge_only(run: S3TRun, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever deletes dies between the acknowledgement and the first change."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    calls = iter([deletion.settle, die])
+    with monkeypatch.context() as patched:
+        patched.setattr(deletion, "settle", lambda directory: next(calls)(directory))
+        with pytest.raises(KeyboardInterrupt):
+            run.delete([name])
+    assert run.directory.ledger.requests(pending=True)
+
+
+def test_answers_under_way_begin_again_or_end(run: S3TRun, tiny_base: Path) -> None:
+    """Each ends as the run without the subject says."""
     tokenizer = load_tiny(tiny_base)[1]
     with serving(run, "immediate-execute") as engine:
         options = {"max_tokens": 100}
-        deleted, step, steps = threading.Event(), engine.answering.step, []
-
-        def pausing() -> None:
-            """After some tokens, wait for the deletion."""
-            step()
-            steps.append(len(engine.answering.running))
-            if steps.count(3) >= 4:
-                deleted.wait(60)
-
-        monkeypatch.setattr(engine.answering, "step", pausing)
+        pause = Pause(engine, answers=3)
         whole = ask(engine, PROMPTS[3], "whole", **options)
         streamed = ask(engine, PROMPTS[3], "streamed", is_streamed=True, **options)
         other = ask(engine, PROMPTS[1], "other", is_streamed=True, **options)
-        assert streamed.began.wait(60) and other.began.wait(60)
+        pause.wait()
         run.delete(["Ysolde Marchetti"])
-        deleted.set()
+        pause.end()
         expected = generated(run.ensemble(), tokenizer, [PROMPTS[3], PROMPTS[1]], 100)
         assert whole.wait().text == expected[0], whole.wait()
         assert whole.wait().served in ("certified", "executed")
@@ -171,6 +190,31 @@ def test_answers_under_way_begin_again_or_end(
         if run.directory.config.rule.aggregate == "select":
             assert cut.finish_reason == "withdrawn"
             assert went_on.text == expected[1] and went_on.served in ("certified", "executed")
+
+
+def test_answers_under_way_forget_what_is_only_acknowledged(run: S3TRun, monkeypatch) -> None:
+    """As one that begins now, though no file is changed yet; and again when they are."""
+    with serving(run) as engine:
+        pause = Pause(engine, answers=2)
+        whole = ask(engine, PROMPTS[3], "whole", max_tokens=60)
+        streamed = ask(engine, PROMPTS[3], "streamed", max_tokens=60, is_streamed=True)
+        pause.wait()
+        acknowledge_only(run, "Ysolde Marchetti", monkeypatch)
+        pause.end()
+        text = whole.wait().text
+        assert text == ask(engine, PROMPTS[3], max_tokens=60).wait().text
+        cut = streamed.wait()
+        assert cut.finish_reason == "withdrawn" or cut.text == text
+        pause = Pause(engine, answers=1)
+        late = ask(engine, PROMPTS[3], max_tokens=60)
+        pause.wait()
+        run.settle()
+        pause.end()
+        late.wait()
+        tokenizer = engine.reading.tokenizer
+        now = ask(engine, PROMPTS[3], max_tokens=60).wait()
+        assert now.served == "certified"
+        assert now.text == generated(run.ensemble(), tokenizer, [PROMPTS[3]], 60)[0]
 
 
 def test_one_adapter_alone(run: S3TRun, tiny_base: Path) -> None:

@@ -187,8 +187,9 @@ class Memory:
 
     @property
     def merged_name(self) -> str:
-        """Of the one adapter that all are merged into."""
-        names = sorted(adapter.name for adapter in self.adapters.values())
+        """Of the one adapter that all are merged into, without those that are withdrawn."""
+        held = self.adapters.values()
+        names = sorted(a.name if not a.is_withdrawn else f"{a.member}@" for a in held)
         return adapter_name(MERGED, hashlib.sha256(" ".join(names).encode()).hexdigest())
 
     def name_of(self, member: str) -> str:
