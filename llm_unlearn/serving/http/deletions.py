@@ -115,14 +115,14 @@ class Deletions:
     def all(self) -> list[Request]:
         """Every request, in the order of acknowledgement; read again when the ledger has grown."""
         with self._lock:
-            epoch = self.run.ledger.count()
+            epoch = self.run.ledger.epoch()
             if epoch != self._known[0]:
                 self._known = (epoch, self.run.ledger.requests())
             return self._known[1]
 
     def epoch(self) -> int:
         """Entries of the ledger now."""
-        return self.run.ledger.count()
+        return self.run.ledger.epoch()
 
     def state(self, request: Request, engine: EngineState | None) -> State:
         withdrawn = self.is_withdrawn or (lambda asked: serves_none_of(engine, asked))
