@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_unlearn.errors import UserError
-from llm_unlearn.exact import deletion
+from llm_unlearn.exact import deletion, residues
 from llm_unlearn.exact.adapters import WEIGHTS_NAME, file_digest
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.serving.engine import engine as engine_module
@@ -215,6 +215,28 @@ def test_answers_under_way_forget_what_is_only_acknowledged(run: S3TRun, monkeyp
         now = ask(engine, PROMPTS[3], max_tokens=60).wait()
         assert now.served == "certified"
         assert now.text == generated(run.ensemble(), tokenizer, [PROMPTS[3]], 60)[0]
+
+
+def test_what_is_served_may_change_before_the_nodes_go(run: S3TRun, monkeypatch) -> None:
+    """Between the two the nodes of what was deleted are still there: its answers are not called clean."""
+    with serving(run) as engine:
+        pause = Pause(engine, answers=2)
+        whole = ask(engine, PROMPTS[3], "whole", max_tokens=60)
+        streamed = ask(engine, PROMPTS[3], "streamed", max_tokens=60, is_streamed=True)
+        pause.wait()
+        with monkeypatch.context() as patched:
+
+            def die(*_: object) -> None:
+                raise KeyboardInterrupt
+
+            patched.setattr(residues, "purge_nodes", die)
+            with pytest.raises(KeyboardInterrupt):
+                run.delete(["Ysolde Marchetti"])
+        pause.end()
+        text = ask(engine, PROMPTS[3], max_tokens=60).wait().text
+        assert whole.wait().text == text
+        cut = streamed.wait()
+        assert cut.finish_reason == "withdrawn" or cut.text == text
 
 
 def test_one_adapter_alone(run: S3TRun, tiny_base: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from llm_unlearn.serving.certificate import NO_VOTE, certify_votes
+from llm_unlearn.serving.certificate import NO_VOTE, certify_votes, is_close
 from llm_unlearn.serving.engine.answers import Finish, Running
 from llm_unlearn.serving.engine.batch import Batch, Row
 from llm_unlearn.serving.engine.choosing import Chooser
@@ -144,7 +144,10 @@ class Answering:
         readers = running.stretches[-1].readers
         votes = scores_mC.argmax(-1).cpu()
         tally = torch.bincount(votes, minlength=len(running.labels))
-        clean = votes.masked_fill(torch.tensor(readers.affected), NO_VOTE)
+        is_out = torch.tensor(readers.affected)
+        if len(running.labels) > 1:
+            is_out = is_out | is_close(scores_mC.cpu())
+        clean = votes.masked_fill(is_out, NO_VOTE)
         winner = int(tally.argmax())
         verdict = certify_votes(clean)
         is_certified = not any(readers.affected)

@@ -148,7 +148,10 @@ class Memory:
         }
         self.shortened = self._shortened(fresh | self.shortened)
         gone = [a for a in before.values() if not a.is_withdrawn and a.name not in names]
-        clean = {a.name for a in gone if a.member not in reached and self._is_clean(a)}
+        # Once more: one that was acknowledged meanwhile may have changed the files that were read.
+        requests = [*self.pending, *self.run.ledger.requests(pending=True)]
+        named = {target.shard for request in requests for target in request.targets}
+        clean = {a.name for a in gone if a.shard not in named and self._is_clean(a)}
         tainted = {a.name for a in gone} - clean
         if merged != self.merged_name:
             (tainted if tainted else clean).add(merged)
@@ -166,7 +169,7 @@ class Memory:
         )
 
     def _is_clean(self, adapter: Adapter) -> bool:
-        """A deletion removes the nodes that it reaches: if all are there, none of them was."""
+        """A finished deletion has removed the nodes that it reaches: if all are there, none of them was."""
         return all(map(self.run.nodes.exists, adapter.nodes))
 
     def _adapters(self, reached: frozenset[str], before: dict[str, Adapter]) -> dict[str, Adapter]:
