@@ -147,7 +147,8 @@ class BatchEngine:
                 not_begun = self._not_begun()
                 self._put_back([*self.answering.take_back(), *not_begun])
             except (UserError, OSError) as error:
-                self._fail(f"{error}")
+                log.warning("answers were given up: %s", error)
+                self._fail("the run cannot be read now")  # paths are nobody's business
             except Exception as error:  # one bad batch does not end the service
                 log.exception("the engine failed")
                 self._fail(type(error).__name__)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llm_unlearn.data.partition import CORE
+from llm_unlearn.errors import RunError
 from llm_unlearn.exact.adapters import adapter_name, tensors_digest
 from llm_unlearn.exact.ensemble import ShardEnsemble
 from llm_unlearn.exact.ledger import Request
@@ -109,7 +110,10 @@ class Memory:
         if self._bounds is None or self._bounds_for != (self.epoch, affected):
             places = {shard: place for place, shard in enumerate(self.shards)}
             there = [shard for shard in affected if shard in places and shard in self.run.shards]
-            indexes = retained_indexes(self.run, there)
+            try:
+                indexes = retained_indexes(self.run, there)
+            except RunError:
+                return False  # its records are being taken away
             retained = {places[s]: indexes.get(s, []) for s in affected if s in places}
             served = self.library.words() or []
             self._bounds = IndexBounds(served, retained, words.key, words.tokenizer)
@@ -159,14 +163,17 @@ class Memory:
 
     def _shortened(self, shards: Iterable[int]) -> frozenset[int]:
         """Those of some shards that have nodes which a rebuild would train."""
-        exists = self.run.nodes.exists
         there = set(self.run.shards)
-        return frozenset(
-            shard
-            for shard in shards
-            if shard in there
-            and not all(exists(node.key) for path in self.run.paths(shard) for node in path)
-        )
+        return frozenset(shard for shard in shards if shard in there and self._lacks_nodes(shard))
+
+    def _lacks_nodes(self, shard: int) -> bool:
+        exists = self.run.nodes.exists
+        try:
+            return not all(exists(node.key) for path in self.run.paths(shard) for node in path)
+        except RunError:
+            return (
+                True  # its records are being taken away: the ledger says so next, and is read again
+            )
 
     def _is_clean(self, adapter: Adapter) -> bool:
         """A finished deletion has removed the nodes that it reaches: if all are there, none of them was."""
