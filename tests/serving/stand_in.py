@@ -141,7 +141,8 @@ class StandIn:
             if work.is_cancelled.wait(trouble.step_seconds):
                 return None
             sent += f" {word}"
-            work.listen(Piece(f" {word}", 1, trouble.served == "certified"))
+            if query.is_streamed:
+                work.listen(Piece(f" {word}", 1, trouble.served == "certified"))
         finish = trouble.finish or ("length" if query.max_tokens <= 8 else "stop")
         certified = count if trouble.served == "certified" else 0
         return Answer(sent, finish, trouble.served, epoch, 1, 5, count, certified)  # pyright: ignore[reportArgumentType]
@@ -177,6 +178,9 @@ class StandIn:
                 work.is_cancelled.set()
             self._waiting.clear()
             self._changed.notify_all()
+        for thread in self.threads:
+            thread.join(10)
+            assert not thread.is_alive()
 
     def is_idle(self, seconds: float = 5.0) -> bool:
         """Wait until nothing runs and nothing waits."""

@@ -93,6 +93,8 @@ def make_asked(
     copies = body.n or 1
     service.limit_asks(token, len(prompts) * copies)
     name = prefix + secrets.token_hex(12)
+    # In constant time all of it leaves at once, so nothing was given out that could not be taken back.
+    is_streamed = bool(body.stream) and service.settings.constant_time is None
     queries = tuple(
         Query(
             id=f"{name}-{number * copies + copy}",
@@ -105,6 +107,7 @@ def make_asked(
             seed=derive_seed(body.seed, copy),
             stop=body.stops(),
             adapter=adapter,
+            is_streamed=is_streamed,
         )
         for number, prompt in enumerate(prompts)
         for copy in range(copies)

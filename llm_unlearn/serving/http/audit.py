@@ -17,6 +17,7 @@ from typing import Any
 from llm_unlearn.errors import RunError, UserError
 
 FOLDER = "serving"
+CLOSED = -1  # no file has this number, so that writing to it fails
 
 
 class AuditLog:
@@ -68,7 +69,11 @@ class AuditLog:
                 raise OSError(f"only {written} of {len(data)} bytes were written")
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        """Nothing can be written from then on; repeatable."""
+        with self.lock:
+            if self.descriptor != CLOSED:
+                os.close(self.descriptor)
+            self.descriptor = CLOSED
 
 
 def read_audit(path: Path) -> list[dict[str, Any]]:
