@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llm_unlearn.errors import RunError
 from llm_unlearn.serving.http import (
     chat,
     classify,
@@ -24,6 +25,7 @@ from llm_unlearn.serving.http.refusals import (
     answer_invalid,
     answer_refusal,
     answer_unforeseen,
+    answer_unusable,
     error_body,
 )
 from llm_unlearn.serving.http.service import Service
@@ -36,7 +38,7 @@ deletion has been executed."""
 def make_app(service: Service) -> ASGIApp:
     """The application of one server; `application` without what stands before it is `.app` of it."""
     app = application(service)
-    bounded = BoundedBodies(app, service.settings.most_body)
+    bounded = BoundedBodies(app, service.settings.most_body, service.stopping)
     return LastResort(KnownHosts(bounded, service.settings.allowed_hosts))
 
 
@@ -54,6 +56,7 @@ def application(service: Service) -> FastAPI:
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, answer_refusal)
     app.add_exception_handler(RequestValidationError, answer_invalid)
+    app.add_exception_handler(RunError, answer_unusable)
     app.add_exception_handler(Exception, answer_unforeseen)
     describe = app.openapi
 

@@ -12,7 +12,7 @@ from anyio.to_thread import run_sync
 from starlette.requests import Request
 
 from llm_unlearn.errors import UserError
-from llm_unlearn.serving.http.refusals import ClientGone, Refusal
+from llm_unlearn.serving.http.refusals import STOPS, ClientGone, Refusal
 from llm_unlearn.serving.http.service import Service
 from llm_unlearn.serving.queries import (
     Answer,
@@ -26,7 +26,7 @@ from llm_unlearn.serving.queries import (
     Ticket,
 )
 
-STOPPED = Failure("unavailable", "the server is stopping: ask another", 5.0)
+STOPPED = Failure("unavailable", STOPS, 5.0)
 
 
 @dataclass(frozen=True)

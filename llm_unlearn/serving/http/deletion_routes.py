@@ -5,6 +5,7 @@ delete is refused before it is looked up, and a request on others is as unknown 
 """
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from typing import Annotated
@@ -26,7 +27,6 @@ from llm_unlearn.serving.http.schemas import (
     DeletionStatus,
 )
 from llm_unlearn.serving.http.service import Service
-from llm_unlearn.serving.queries import EngineState
 
 router = APIRouter(tags=["deleting"])
 
@@ -59,14 +59,13 @@ async def file_deletion(
         )
     finally:
         service.notice()  # it may be acknowledged, and fail afterwards
-    epoch = await run_sync(service.deletions.epoch)
-    with contextlib.suppress(Refusal):  # the ledger itself is the log of deletions
-        service.record("deletion", request=filed.request.id, epoch=epoch, is_new=filed.is_new)
     status = await _describe(service, filed.request)
+    with contextlib.suppress(Refusal):  # the ledger itself is the log of deletions
+        service.record("deletion", request=status.id, epoch=status.epoch, is_new=filed.is_new)
     return DeletionFiled(
-        id=filed.request.id,
+        id=status.id,
         state=status.state,
-        epoch=epoch,
+        epoch=status.epoch,
         is_new=filed.is_new,
         subjects=filed.deletion.subjects,
         records=filed.deletion.records,
@@ -107,21 +106,26 @@ def may_see(service: Service, token: Token, request: Request) -> bool:
 
 
 async def _describe(service: Service, request: Request) -> DeletionStatus:
-    return await run_sync(_status, service, request, service.state())
+    (status,) = await run_sync(_statuses, service, [request])
+    return status
 
 
-def _status(service: Service, request: Request, engine: EngineState | None) -> DeletionStatus:
-    return DeletionStatus(
-        id=request.id,
-        kind="correct" if request.kind == "correct" else "delete",
-        state=service.deletions.state(request, engine),
-        epoch=service.deletions.epoch(),
-        acknowledged_at=request.acknowledged_at,
-        finished_at=request.finished_at,
-        deadline=request.deadline,
-        reason=request.reason,
-        certificate=f"/v1/deletions/{request.id}/certificate" if request.finished_at else None,
-    )
+def _statuses(service: Service, requests: Sequence[Request]) -> list[DeletionStatus]:
+    engine, epoch = service.state(), service.deletions.epoch()
+    return [
+        DeletionStatus(
+            id=request.id,
+            kind="correct" if request.kind == "correct" else "delete",
+            state=service.deletions.state(request, engine),
+            epoch=epoch,
+            acknowledged_at=request.acknowledged_at,
+            finished_at=request.finished_at,
+            deadline=request.deadline,
+            reason=request.reason,
+            certificate=f"/v1/deletions/{request.id}/certificate" if request.finished_at else None,
+        )
+        for request in requests
+    ]
 
 
 async def _find(service: Service, token: Token, name: str) -> Request:
@@ -146,8 +150,7 @@ async def list_deletions(
     seen = [request for request in reversed(known) if may_see(service, token, request)]
     names = [request.id for request in seen]
     start = names.index(after) + 1 if after in names else 0
-    part, engine = seen[start : start + limit], service.state()
-    data = await run_sync(lambda: [_status(service, request, engine) for request in part])
+    data = await run_sync(_statuses, service, seen[start : start + limit])
     return Deletions(data=data, has_more=len(seen) > start + limit)
 
 

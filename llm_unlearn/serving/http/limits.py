@@ -8,7 +8,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llm_unlearn.serving.http.refusals import Refusal
+from llm_unlearn.serving.http.refusals import STOPS, Refusal
 
 MOST_BUCKETS = 10_000
 
@@ -63,12 +63,14 @@ class BoundedBodies:
 
     Args:
         most: bytes.
+        stopping: set when the server stops, and waits for no body any more.
         seconds: in which all of a body must have come.
     """
 
-    def __init__(self, app: ASGIApp, most: int, seconds: float = 30.0):
+    def __init__(self, app: ASGIApp, most: int, stopping: asyncio.Event, seconds: float = 30.0):
         self.app = app
         self.most = most
+        self.stopping = stopping
         self.seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,7 +90,7 @@ class BoundedBodies:
                 raise self._too_long()
             try:
                 async with asyncio.timeout_at(end):
-                    message = await receive()
+                    message = await self._coming(receive)
             except TimeoutError:
                 raise Refusal(408, "slow_body", "the body took too long to come") from None
             seen += len(message.get("body", b""))
@@ -98,6 +100,18 @@ class BoundedBodies:
             return message
 
         await self.app(scope, receiving, send)
+
+    async def _coming(self, receive: Receive) -> Message:
+        coming = asyncio.ensure_future(receive())
+        stopping = asyncio.ensure_future(self.stopping.wait())
+        try:
+            await asyncio.wait((coming, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
+                return coming.result()
+        finally:
+            coming.cancel()
+            stopping.cancel()
+        raise Refusal(503, "draining", STOPS, retry_after=5.0)
 
     def _too_long(self) -> Refusal:
         words = f"the body is longer than {self.most:,} bytes, which is the most that is read"

@@ -1,5 +1,6 @@
 """What is said instead of an answer: errors in OpenAI's shape, one sentence each, never a traceback."""
 
+import asyncio
 import logging
 import re
 import traceback
@@ -13,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llm_unlearn.errors import RunError
 
 log = logging.getLogger("llm_unlearn.serving")
 
@@ -29,6 +32,7 @@ TYPES = {
     504: "timeout_error",
 }
 CLIENT_GONE = 499
+STOPS = "the server is stopping: ask another"
 UNFORESEEN = "something went wrong on the server; its log names the place"
 LOGGED = "llm_unlearn.logged"
 MOST_NAMED = 5  # fields that are wrong
@@ -153,6 +157,14 @@ def _place(entry: Any) -> str | None:
     return ".".join(own)[:200] or None
 
 
+async def answer_unusable(request: Request, error: Exception) -> Response:
+    """An exception handler for a run, or a ledger, that cannot be read or changed now."""
+    assert isinstance(error, RunError)
+    log.warning("%s", error)  # names files and servers, and nobody
+    words = "the run cannot be read now: try again"
+    return await answer_refusal(request, Refusal(503, "run_busy", words, retry_after=5.0))
+
+
 async def answer_unforeseen(request: Request, error: Exception) -> Response:
     """An exception handler for mistakes of ours."""
     _log(error)
@@ -192,3 +204,6 @@ class LastResort:
             if not has_begun:
                 body = error_body(500, "internal_error", UNFORESEEN)
                 await JSONResponse(body, 500)(scope, receive, send)
+        except asyncio.CancelledError:
+            # The server ends, and this client did not read in time; uvicorn would print a traceback.
+            log.warning("a client that does not read was given up")

@@ -15,7 +15,7 @@ from llm_unlearn.serving.http.auth import ANYBODY, Token, Tokens
 from llm_unlearn.serving.http.deletions import Deletions
 from llm_unlearn.serving.http.limits import Buckets
 from llm_unlearn.serving.http.metrics import Metrics
-from llm_unlearn.serving.http.refusals import Refusal
+from llm_unlearn.serving.http.refusals import STOPS, Refusal
 from llm_unlearn.serving.queries import Engine, EngineState
 
 MOST_FILING = 4
@@ -112,7 +112,7 @@ class Service:
             Refusal: it is loading, or the server is about to stop.
         """
         if self.is_draining:
-            raise Refusal(503, "draining", "the server is stopping: ask another", retry_after=5)
+            raise Refusal(503, "draining", STOPS, retry_after=5)
         if self._opened is None:
             raise Refusal(503, "loading", "the model is being loaded: try again", retry_after=5)
         return self._opened
