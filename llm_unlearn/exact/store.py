@@ -385,9 +385,18 @@ class RunDirectory:
         """Lock for whatever changes records, nodes or what is served; held for moments only."""
         return files.locked(self.path / "state.lock", holder)
 
-    def training(self) -> AbstractContextManager[None]:
+    def training(self, timeout: float = 1.0) -> AbstractContextManager[None]:
         """Lock of the one process (group) that trains; a deletion does not wait for it."""
-        return files.locked(self.path / "train.lock", "training it", timeout=1.0)
+        return files.locked(self.path / "train.lock", "training it", timeout=timeout)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether a process trains it at this moment."""
+        try:
+            with self.training(timeout=0.0):
+                return False
+        except RunError:
+            return True
 
 
 def _is_ours(entry: Path) -> bool:

@@ -71,7 +71,9 @@ class Scene:
         self.noticed = 0
         monkeypatch.setattr(module, "time", self.clock)
         monkeypatch.setattr(module, "start_rebuild", self._start)
-        run: Any = type("Run", (), {"ledger": self.ledger, "path": tmp_path})()
+        run: Any = type(
+            "Run", (), {"ledger": self.ledger, "path": tmp_path, "is_training": False}
+        )()
         self.scheduler = Scheduler(
             run, policy.for_shards(8), lambda: frozenset(self.shards), self._notice
         )

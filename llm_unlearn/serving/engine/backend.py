@@ -1,9 +1,10 @@
 """A run that is served: engine, scheduler and heartbeat, opened and closed as one."""
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.base_model import load_base_of
@@ -15,6 +16,8 @@ from llm_unlearn.serving.engine.reading import Reading
 from llm_unlearn.serving.engine.replicas import BEAT_SECONDS, Replicas
 from llm_unlearn.serving.engine.scheduler import Scheduler
 from llm_unlearn.serving.policy import Policy
+
+log = logging.getLogger(__name__)
 
 
 class Backend:
@@ -47,14 +50,15 @@ class Backend:
         run.settle()  # what a crash left acknowledged is carried out before anything is loaded
         directory = run.directory
         self.run, self.policy = run, policy.for_shards(max(1, len(directory.shards)))
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()  # it warns of long prompts, which are refused
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # it warns of long prompts, which are refused
         model, self.tokenizer = load_base_of(directory)
         self.ensemble = ShardEnsemble.from_run(
             model, directory.served, directory.config.rule, self.tokenizer
         )
         memory = Memory(directory, self.ensemble, policy.is_unsafe)
         self._is_changed = threading.Event()
+        self._unheard: str | None = None
         self._is_closed = False
         self.scheduler = Scheduler(
             directory,
@@ -75,6 +79,11 @@ class Backend:
         """The part of a conversation that decides who answers; None: all of it."""
         return None if self.ensemble.words is None else self.ensemble.asked_in(messages)
 
+    @property
+    def problem(self) -> str | None:
+        """Why what is pending is not executed, or not known to be; None while all is well."""
+        return self._unheard or self.scheduler.problem
+
     def _changed(self) -> None:
         self.scheduler.wake()
         self._is_changed.set()
@@ -82,12 +91,19 @@ class Backend:
     def _beat(self) -> None:
         """Tell the others how far this server has followed the ledger."""
         while not self._is_closed:
-            try:
-                self.replicas.beat(self.engine.followed)
-            except (OSError, UserError) as error:
-                self.scheduler.problem = f"cannot write the heartbeat: {error}"
+            self._beat_once()
             self._is_changed.wait(BEAT_SECONDS)
             self._is_changed.clear()
+
+    def _beat_once(self) -> None:
+        try:
+            self.replicas.beat(self.engine.followed)
+        except (OSError, UserError) as error:
+            if self._unheard is None:
+                log.warning("no deletion counts as erased, for want of a heartbeat: %s", error)
+            self._unheard = str(error)
+        else:
+            self._unheard = None
 
     def close(self) -> None:
         self._is_closed = True

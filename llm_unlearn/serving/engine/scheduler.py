@@ -62,7 +62,7 @@ class Scheduler:
 
     Attributes:
         executions: how many rebuilds have been published.
-        problem: why the last rebuild failed; None.
+        problem: why the last rebuild failed; None once there is nothing to rebuild.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class Scheduler:
         shards = self._affected()
         if not shards:
             self._is_uncertified = False
+            self.problem = None
             return
         pending = self._pending(shards)
         reason = is_due(
@@ -131,7 +132,8 @@ class Scheduler:
             pending.oldest_seconds,
             self._is_uncertified,
         )
-        if reason and time.monotonic() >= self._not_before:
+        # Another server's rebuild, say, which takes what is pending with it or is followed by one of ours.
+        if reason and time.monotonic() >= self._not_before and not self.run.is_training:
             self._process = start_rebuild(self.run)
 
     def _settle(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
+from llm_unlearn.errors import RunError
 from llm_unlearn.serving.queries import Answer, EngineState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -19,10 +20,14 @@ class Metrics:
     Args:
         state: of the engine; None while there is none.
         deletions: how many deletions are in each state.
+        is_well: whether what is pending can be executed, and the others be told how far this one is.
     """
 
     def __init__(
-        self, state: Callable[[], EngineState | None], deletions: Callable[[], Counts[str]]
+        self,
+        state: Callable[[], EngineState | None],
+        deletions: Callable[[], Counts[str]],
+        is_well: Callable[[], bool],
     ) -> None:
         self.registry = CollectorRegistry()
 
@@ -40,7 +45,7 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self.registry.register(_Now(state, deletions))
+        self.registry.register(_Now(state, deletions, is_well))
 
     def answered(self, answer: Answer, seconds: float) -> None:
         self.answers.labels(answer.served, answer.finish_reason).inc()
@@ -56,10 +61,14 @@ class _Now:
     """What is asked for when somebody looks."""
 
     def __init__(
-        self, state: Callable[[], EngineState | None], deletions: Callable[[], Counts[str]]
+        self,
+        state: Callable[[], EngineState | None],
+        deletions: Callable[[], Counts[str]],
+        is_well: Callable[[], bool],
     ) -> None:
         self.state = state
         self.deletions = deletions
+        self.is_well = is_well
 
     def describe(self) -> Iterator[Any]:
         return iter(())
@@ -68,12 +77,22 @@ class _Now:
         state = self.state()
         if state is not None:
             yield from _gauges(state)
+        yield _gauge("well", "0: what is pending cannot be executed; see the log.", self.is_well())
+        try:
+            counts = self.deletions()
+        except RunError:  # the other numbers are wanted most while the ledger is away
+            counts = None
+        yield _gauge("ledger_readable", "Whether the ledger can be read.", counts is not None)
         family = GaugeMetricFamily(
             "llm_unlearn_deletions", "Deletions in the ledger, by state.", labels=["state"]
         )
-        for name, count in self.deletions().items():
+        for name, count in (counts or {}).items():
             family.add_metric([name], count)
         yield family
+
+
+def _gauge(name: str, about: str, value: int) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"llm_unlearn_{name}", about, value=int(value))
 
 
 def _gauges(state: EngineState) -> Iterator[GaugeMetricFamily]:
@@ -87,4 +106,4 @@ def _gauges(state: EngineState) -> Iterator[GaugeMetricFamily]:
         "ready": ("Whether queries are answered.", int(state.is_ready)),
     }
     for name, (about, value) in told.items():
-        yield GaugeMetricFamily(f"llm_unlearn_{name}", about, value=value)
+        yield _gauge(name, about, value)

@@ -59,6 +59,7 @@ class Opened:
         have_left: whether no server of the run holds what a request deletes; None: only what this
             one says is known.
         close: ends everything; by default the engine.
+        problem: what keeps this server from executing what is pending; None for nothing.
     """
 
     engine: Engine
@@ -66,6 +67,7 @@ class Opened:
     asked_in: Callable[[Messages], str | None] = field(default=lambda messages: None)
     have_left: Callable[[Request], bool] | None = None
     close: Callable[[], None] | None = None
+    problem: Callable[[], str | None] = field(default=lambda: None)
 
 
 class Service:
@@ -92,7 +94,9 @@ class Service:
         self.asks = Buckets(settings.asks_per_minute, 60.0, clock)
         self.filings = Buckets(settings.deletions_per_hour, 3600.0, clock)
         self.subjects = Buckets(settings.requests_per_subject, 3600.0, clock)
-        self.metrics = Metrics(self.state, lambda: deletions.count(self.state()))
+        self.metrics = Metrics(
+            self.state, lambda: deletions.count(self.state()), lambda: self.problem is None
+        )
         # Filings wait for the run's lock, in threads that must not be those of the queries.
         self.filing = CapacityLimiter(MOST_FILING)
         self.is_draining = False
@@ -132,6 +136,11 @@ class Service:
     def state(self) -> EngineState | None:
         """Of the engine; None while the model is being loaded."""
         return self._opened.engine.state() if self._opened else None
+
+    @property
+    def problem(self) -> str | None:
+        """What an operator has to look at; None for nothing. It names files."""
+        return self._opened.problem() if self._opened else None
 
     def notice(self) -> None:
         """The ledger has changed. An engine that is not there yet reads it when it comes."""

@@ -135,6 +135,7 @@ def open_run(run: S3TRun, policy: Policy, replica: str, max_batch: int, max_wait
         backend.asked_in,
         backend.replicas.have_left,
         backend.close,
+        lambda: backend.problem,
     )
 
 
