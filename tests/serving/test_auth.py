@@ -41,6 +41,28 @@ def test_revocation_needs_no_restart(tmp_path: Path) -> None:
     assert tokens.holder(three) is not None
 
 
+def test_the_first_token_counts_at_once(run_path: Path) -> None:
+    """A server that was started without any lets nobody else in from then on, whatever becomes of it."""
+    path = run_path / "serving" / "tokens.json"
+    service = Served(run_path, Tokens(path, is_optional=True)).service
+    assert service.holder(None).name == "anybody"
+    given = add_token(path, "web", ["ask"])
+    with pytest.raises(Refusal) as caught:
+        service.holder(None)
+    assert caught.value.status_code == 401 and service.holder(given).name == "web"
+    path.unlink()
+    with pytest.raises(Refusal) as caught:
+        service.holder(given)
+    assert caught.value.status_code == 503
+
+
+def test_a_link_that_leads_nowhere_is_no_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    path.symlink_to(tmp_path / "away.json")
+    with pytest.raises(UserError, match="cannot read"):
+        Tokens(path, is_optional=True)
+
+
 @pytest.mark.parametrize(
     "harm", ["removed", "readable", "garbage", "half", "right", "twice", "deep"]
 )

@@ -3,18 +3,25 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 import openai
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from llm_unlearn.errors import RunError, UserError
+from llm_unlearn.exact.ledger import Ledger
+from llm_unlearn.serving.http.api import make_app
+from llm_unlearn.serving.http.refusals import LastResort
 from llm_unlearn.serving.http.running import Server, bind
 from tests.serving.servers import NAME, Served, address_of
 from tests.serving.stand_in import RESIDENTS, Trouble
@@ -133,6 +140,37 @@ def test_shutdown_tells_those_it_cannot_finish(run_path: Path) -> None:
     assert statuses == [503]
 
 
+def test_shutdown_waits_for_no_body(
+    run_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    served = Served(run_path)
+    head = f"POST {COMPLETE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{"
+    with (
+        served.listening() as url,
+        socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), 10) as slow,
+    ):
+        slow.sendall(head.encode())
+        time.sleep(0.3)
+        begin = time.monotonic()
+        served.stop()
+        assert b" 503 " in slow.recv(1000) and time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 3
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
+
+
+def test_a_client_that_is_given_up_at_the_end_leaves_no_traceback() -> None:
+    async def never(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(60)
+
+    async def end() -> None:
+        task = asyncio.ensure_future(LastResort(never)({"type": "http"}, None, None))  # pyright: ignore
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    asyncio.run(end())
+
+
 def test_a_hundred_clients_and_a_full_queue(run_path: Path) -> None:
     served = Served(run_path)
     served.engine.max_waiting = 10
@@ -180,6 +218,42 @@ def test_numbers(run_path: Path) -> None:
         "llm_unlearn_ready 1.0",
     ]
     assert [line for line in expected if line not in lines] == []
+
+
+def test_a_run_that_cannot_be_read(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its ledger's server is down, say: 503, and the numbers that are known all the same."""
+    served = Served(run_path)
+
+    def away(*_: object, **__: object) -> NoReturn:
+        raise RunError("the ledger cannot be reached")
+
+    for name in ("epoch", "requests", "count"):
+        monkeypatch.setattr(Ledger, name, away)
+    served.engine.read_epoch = lambda: 1
+    told = get(served, "/v1/deletions")
+    assert told.status_code == 503 and int(told.headers["Retry-After"]) > 0
+    assert told.json()["error"]["code"] == "run_busy" and "ledger" not in told.text
+    assert "cannot be reached" in caplog.text and "Traceback" not in caplog.text
+    numbers = get(served, "/metrics")
+    assert numbers.status_code == 200
+    assert "llm_unlearn_ledger_readable 0.0" in numbers.text and "_ready 1.0" in numbers.text
+
+
+def test_what_keeps_a_server_from_executing_is_a_number(run_path: Path) -> None:
+    served, problems = Served(run_path), ["the rebuild ended with 1"]
+    served.service.open(replace(served.opened(), problem=lambda: problems[0] if problems else None))
+    app = make_app(served.service)
+
+    async def look() -> str:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+            return (await client.get("/metrics")).text
+
+    assert "llm_unlearn_well 0.0" in asyncio.run(look())
+    problems.clear()
+    assert "llm_unlearn_well 1.0" in asyncio.run(look())
 
 
 def test_residue(run_path: Path) -> None:

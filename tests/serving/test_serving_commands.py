@@ -144,7 +144,7 @@ def test_tokens_from_the_command_line(say: Any, run_path: Path) -> None:
 
 def test_who_may_listen_without_tokens(run_path: Path) -> None:
     for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"):
-        assert find_tokens(run_path, Place(host)) is None
+        assert find_tokens(run_path, Place(host)).are_missing
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.com", "localhost.example.com"):
         with pytest.raises(Exception, match="there are no tokens"):
             find_tokens(run_path, Place(host))

@@ -79,17 +79,25 @@ class Tokens:
 
     Args:
         path: mode 0600.
+        is_optional: there need not be such a file yet; once there was one, it has to stay.
 
     Raises:
         UserError: it cannot be read, others may read it, or it is not understood.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, is_optional: bool = False):
         self.path = path
+        self.is_optional = is_optional
         self.lock = threading.Lock()
         self._seen: object = None
         self._tokens: tuple[Token, ...] = ()
-        self.read()
+        if not self.are_missing:
+            self.read()
+
+    @property
+    def are_missing(self) -> bool:
+        """Whether no file is needed, and there never was one: then anybody may do everything."""
+        return self.is_optional and self._seen is None and not os.path.lexists(self.path)
 
     def read(self) -> tuple[Token, ...]:
         """All tokens; from memory where the file did not change.

@@ -74,7 +74,8 @@ class Service:
     """One server's state. Used from the event loop's thread, except where it says otherwise.
 
     Args:
-        tokens: None lets anybody do everything, for a server that only this machine reaches.
+        tokens: None, or a file that is missing and may be, lets anybody do everything: for a server
+            that only this machine reaches.
         clock: of the rate limits.
     """
 
@@ -153,7 +154,7 @@ class Service:
         Raises:
             Refusal: none did, or it is nobody's, or the tokens cannot be read.
         """
-        if self.tokens is None:
+        if self.tokens is None or self.tokens.are_missing:
             return ANYBODY
         challenge = {"WWW-Authenticate": "Bearer"}
         if presented is None:

@@ -1,6 +1,7 @@
 """From the options of a server to one that runs: what is refused beforehand, and what it says."""
 
 import ipaddress
+import os
 import re
 import socket
 from collections.abc import Callable
@@ -54,6 +55,11 @@ class Place:
         except ValueError:
             return False
 
+    def url(self, port: int) -> str:
+        """The address, at the port that was taken."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls else 'http'}://{host}:{port}"
+
 
 @dataclass(frozen=True)
 class Started:
@@ -94,30 +100,21 @@ def serve_run(
     if place.is_loopback:
         hosts = (*LOOPBACK, place.host.lower(), *(name.lower() for name in place.names))
         settings = replace(settings, allowed_hosts=hosts)
-    listening = bind(place.host, place.port)
-    port = listening.getsockname()[1]
-    try:
+    with bind(place.host, place.port) as listening:
+        port = listening.getsockname()[1]
         replica = place.replica or default_replica(port)
         service = Service(settings, Deletions(run.directory), AuditLog(run.path, replica), tokens)
-    except BaseException:
-        listening.close()
-        raise
-    scheme, host = "https" if place.tls else "http", place.host
-    started = Started(
-        url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}",
-        model=settings.name,
-        replica=replica,
-        tokens=str(tokens.path) if tokens else None,
-        audit=str(service.audit.path),
-        is_encrypted=place.tls is not None,
-        is_loopback=place.is_loopback,
-    )
-    try:
+        started = Started(
+            url=place.url(port),
+            model=settings.name,
+            replica=replica,
+            tokens=None if tokens.are_missing else str(tokens.path),
+            audit=str(service.audit.path),
+            is_encrypted=place.tls is not None,
+            is_loopback=place.is_loopback,
+        )
         server = Server(service, lambda: opening(replica), lambda: on_ready(started), place.tls)
-    except UserError:
-        listening.close()
-        raise
-    server.run_on(listening)
+        server.run_on(listening)
 
 
 def open_run(run: S3TRun, policy: Policy, replica: str, max_batch: int, max_waiting: int) -> Opened:
@@ -162,17 +159,17 @@ def check_settings(settings: Settings) -> None:
         )
 
 
-def find_tokens(run: Path, place: Place) -> Tokens | None:
-    """The tokens; None where there are none and only this machine can ask.
+def find_tokens(run: Path, place: Place) -> Tokens:
+    """The tokens; where only this machine can ask there may be none, until somebody makes the first.
 
     Raises:
         UserError: there are none and others could ask, or the file cannot be used.
     """
     path = place.tokens or tokens_path(run)
-    if place.tokens is not None or path.exists():
+    if place.tokens is not None or os.path.lexists(path):
         return Tokens(path)
     if place.is_loopback:
-        return None
+        return Tokens(path, is_optional=True)
     raise UserError(
         f"--host {place.host} lets other machines ask, and there are no tokens: make one with "
         f"`llm-unlearn token add {run} --name NAME --right ask`"
