@@ -3,13 +3,21 @@
 import hashlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from starlette.responses import JSONResponse, Response
 
 from llm_unlearn.serving.http.auth import Token
 from llm_unlearn.serving.http.refusals import Refusal
-from llm_unlearn.serving.http.schemas import Generation, Unlearning, Usage
+from llm_unlearn.serving.http.schemas import (
+    ChatCompletion,
+    Completion,
+    Generation,
+    Unlearning,
+    Usage,
+)
 from llm_unlearn.serving.http.service import Service
 from llm_unlearn.serving.queries import Answer, Query
 
@@ -148,6 +156,40 @@ def unlearning_of(service: Service, *answers: Answer) -> Unlearning | None:
         certified_tokens=sum(answer.certified_tokens for answer in answers),
         finish=worst.finish_reason,
     )
+
+
+def respond(
+    service: Service,
+    asked: Asked,
+    answers: Sequence[Answer],
+    kind: type[Completion] | type[ChatCompletion],
+    hold: Callable[[Answer], dict[str, Any]],
+) -> Response:
+    """The whole answer to a request that wants no stream.
+
+    Args:
+        hold: how a choice of this kind holds an answer.
+    """
+    choices = [
+        {
+            "index": index,
+            "finish_reason": finish_of(answer),
+            "unlearning": unlearning_of(service, answer),
+            **hold(answer),
+        }
+        for index, answer in enumerate(answers)
+    ]
+    told = kind.model_validate(
+        {
+            "id": asked.id,
+            "created": asked.created,
+            "model": asked.model,
+            "choices": choices,
+            "usage": usage_of(answers, asked.copies),
+            "unlearning": unlearning_of(service, *answers),
+        }
+    )
+    return JSONResponse(told.model_dump(), headers=headers_of(service, *answers))
 
 
 def headers_of(service: Service, *answers: Answer) -> dict[str, str]:

@@ -7,25 +7,21 @@ from typing import Any
 from anyio.to_thread import run_sync
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from llm_unlearn.errors import UserError
 from llm_unlearn.serving.http.access import STREAMING, MayAsk, TheService
 from llm_unlearn.serving.http.answering import (
     DEFAULT_CHAT_TOKENS,
     Prompt,
-    finish_of,
-    headers_of,
     make_asked,
     refusal_of,
-    unlearning_of,
-    usage_of,
+    respond,
 )
 from llm_unlearn.serving.http.asking import ask
 from llm_unlearn.serving.http.refusals import Refusal
 from llm_unlearn.serving.http.schemas import (
     AnswerMessage,
-    ChatChoice,
     ChatCompletion,
     ChatMessage,
     ChatRequest,
@@ -52,24 +48,11 @@ async def chat(body: ChatRequest, request: Request, service: TheService, token: 
         )  # fmt: skip
         return await stream(service, request, made, arrived)
     answers = await ask(service, request, asked.queries, arrived)
-    completion = ChatCompletion(
-        id=asked.id,
-        created=asked.created,
-        model=asked.model,
-        choices=[_choice(service, index, answer) for index, answer in enumerate(answers)],
-        usage=usage_of(answers, asked.copies),
-        unlearning=unlearning_of(service, *answers),
-    )
-    return JSONResponse(completion.model_dump(), headers=headers_of(service, *answers))
+    return respond(service, asked, answers, ChatCompletion, _message)
 
 
-def _choice(service: Service, index: int, answer: Answer) -> ChatChoice:
-    return ChatChoice(
-        index=index,
-        message=AnswerMessage(content=answer.text, refusal=refusal_of(answer)),
-        finish_reason=finish_of(answer),
-        unlearning=unlearning_of(service, answer),
-    )
+def _message(answer: Answer) -> dict[str, Any]:
+    return {"message": AnswerMessage(content=answer.text, refusal=refusal_of(answer))}
 
 
 async def prompt_of(service: Service, messages: Sequence[ChatMessage]) -> Prompt:

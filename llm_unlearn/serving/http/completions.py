@@ -4,20 +4,17 @@ import time
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from llm_unlearn.serving.http.access import STREAMING, MayAsk, TheService
 from llm_unlearn.serving.http.answering import (
     DEFAULT_TOKENS,
     Prompt,
-    finish_of,
-    headers_of,
     make_asked,
-    unlearning_of,
-    usage_of,
+    respond,
 )
 from llm_unlearn.serving.http.asking import ask
-from llm_unlearn.serving.http.schemas import Completion, CompletionChoice, CompletionRequest
+from llm_unlearn.serving.http.schemas import Completion, CompletionRequest
 from llm_unlearn.serving.http.streaming import Stream, stream
 
 router = APIRouter(tags=["asking"])
@@ -38,20 +35,4 @@ async def complete(
         )  # fmt: skip
         return await stream(service, request, made, arrived)
     answers = await ask(service, request, asked.queries, arrived)
-    completion = Completion(
-        id=asked.id,
-        created=asked.created,
-        model=asked.model,
-        choices=[
-            CompletionChoice(
-                index=index,
-                text=answer.text,
-                finish_reason=finish_of(answer),
-                unlearning=unlearning_of(service, answer),
-            )
-            for index, answer in enumerate(answers)
-        ],
-        usage=usage_of(answers, asked.copies),
-        unlearning=unlearning_of(service, *answers),
-    )
-    return JSONResponse(completion.model_dump(), headers=headers_of(service, *answers))
+    return respond(service, asked, answers, Completion, lambda answer: {"text": answer.text})

@@ -214,38 +214,33 @@ class ChatChoice(Choice):
     message: AnswerMessage
 
 
-class Completion(BaseModel):
+class Answered(BaseModel):
+    """What all answers say."""
+
     id: str
+    created: int
+    model: str
+    usage: Usage
+    unlearning: Unlearning | None = None
+
+
+class Completion(Answered):
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: Usage
-    unlearning: Unlearning | None = None
 
 
-class ChatCompletion(BaseModel):
-    id: str
+class ChatCompletion(Answered):
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
-    usage: Usage
-    unlearning: Unlearning | None = None
 
 
-class Classification(BaseModel):
+class Classification(Answered):
     """`label` is None where the policy refuses to answer."""
 
-    id: str
     object: Literal["classification"] = "classification"
-    created: int
-    model: str
     label: str | None
     tally: dict[str, int] | None = None
     is_certified: bool | None = None
-    usage: Usage
-    unlearning: Unlearning | None = None
 
 
 class ServedModel(BaseModel):
