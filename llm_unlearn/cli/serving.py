@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,7 +24,17 @@ app.add_typer(tokens, name="token", rich_help_panel=SERVING)
 TokensPath = Annotated[
     Path | None, typer.Option("--tokens", help="File of the tokens (RUN/serving/tokens.json).")
 ]
-POLICY, LIMITS = "Policy", "Limits"
+OwnLimit = Annotated[
+    float | None, typer.Option(help="Instead of the server's; 0: no limit.", min=0)
+]
+
+
+def _policy_option(about: str) -> Any:
+    return typer.Option(help=about, rich_help_panel="Policy")
+
+
+def _limit_option(about: str, least: float | None = None) -> Any:
+    return typer.Option(help=about, rich_help_panel="Limits", min=least)
 
 
 @app.command(rich_help_panel=SERVING, context_settings=BOTH)
@@ -47,82 +57,46 @@ def serve(  # noqa: PLR0913 - typer makes an option of every argument
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(
-            help="immediate-execute, uncertified-execute, threshold-execute, -defer, -clean (default) or "
-            "-abstain, deadline-clean, oblivious; UNSAFE: serve-anyway.",
-            rich_help_panel=POLICY,
+        _policy_option(
+            "immediate-execute, uncertified-execute, threshold-execute, -defer, -clean (default) or "
+            "-abstain, deadline-clean, oblivious; UNSAFE: serve-anyway."
         ),
     ] = None,
     timing: Annotated[
         str | None,
-        typer.Option(
-            help="When to rebuild: immediate, uncertified, threshold, deadline.",
-            rich_help_panel=POLICY,
-        ),
+        _policy_option("When to rebuild: immediate, uncertified, threshold, deadline."),
     ] = None,
     handling: Annotated[
-        str | None,
-        typer.Option(
-            help="Of what is not certified: execute, defer, clean, abstain.", rich_help_panel=POLICY
-        ),
+        str | None, _policy_option("Of what is not certified: execute, defer, clean, abstain.")
     ] = None,
     target: Annotated[
-        str | None,
-        typer.Option(
-            help="What a certificate promises: deactivated or retrained.", rich_help_panel=POLICY
-        ),
+        str | None, _policy_option("What a certificate promises: deactivated or retrained.")
     ] = None,
     threshold: Annotated[
-        int | None,
-        typer.Option(help="Affected shards that start a rebuild.", rich_help_panel=POLICY),
+        int | None, _policy_option("Affected shards that start a rebuild.")
     ] = None,
     deadline_hours: Annotated[
-        float | None,
-        typer.Option(help="After which a deletion has been executed.", rich_help_panel=POLICY),
+        float | None, _policy_option("After which a deletion has been executed.")
     ] = None,
     constant_time: Annotated[
         float | None,
-        typer.Option(
-            help="Answers leave at multiples of so many seconds, and do not say how they were served.",
-            rich_help_panel=POLICY,
+        _policy_option(
+            "Answers leave at multiples of so many seconds, and do not say how they were served."
         ),
     ] = None,
-    max_batch: Annotated[
-        int,
-        typer.Option(
-            help="Rows (answers times shards) in one batch.", min=1, rich_help_panel=LIMITS
-        ),
-    ] = 64,
-    max_waiting: Annotated[
-        int,
-        typer.Option(help="Queries that may wait; more get 429.", min=1, rich_help_panel=LIMITS),
-    ] = 256,
+    max_batch: Annotated[int, _limit_option("Rows (answers times shards) in one batch.", 1)] = 64,
+    max_waiting: Annotated[int, _limit_option("Queries that may wait; more get 429.", 1)] = 256,
     timeout: Annotated[
-        float,
-        typer.Option(
-            help="Seconds until a query gets 504, also one that waits for a rebuild.",
-            rich_help_panel=LIMITS,
-        ),
+        float, _limit_option("Seconds until a query gets 504, also one that waits for a rebuild.")
     ] = 120.0,
-    drain: Annotated[
-        float,
-        typer.Option(help="Seconds for running answers at the end.", rich_help_panel=LIMITS),
-    ] = 30.0,
-    max_body: Annotated[
-        int, typer.Option(help="Bytes of a request.", min=1, rich_help_panel=LIMITS)
-    ] = 4_000_000,
-    asks_per_minute: Annotated[
-        float, typer.Option(help="Of each token; 0: no limit.", min=0, rich_help_panel=LIMITS)
-    ] = 600.0,
+    drain: Annotated[float, _limit_option("Seconds for running answers at the end.")] = 30.0,
+    max_body: Annotated[int, _limit_option("Bytes of a request.", 1)] = 4_000_000,
+    asks_per_minute: Annotated[float, _limit_option("Of each token; 0: no limit.", 0)] = 600.0,
     deletions_per_hour: Annotated[
-        float,
-        typer.Option(help="Subjects, of each token; 0: no limit.", min=0, rich_help_panel=LIMITS),
+        float, _limit_option("Subjects, of each token; 0: no limit.", 0)
     ] = 100.0,
     requests_per_subject: Annotated[
-        float,
-        typer.Option(
-            help="In an hour, on each subject; 0: no limit.", min=0, rich_help_panel=LIMITS
-        ),
+        float, _limit_option("In an hour, on each subject; 0: no limit.", 0)
     ] = 10.0,
     as_json: Json = False,
 ) -> None:
@@ -199,12 +173,8 @@ def add(
         typer.Option(help="Whom it may delete, or '*' for everybody; repeatable."),
     ] = None,
     tokens: TokensPath = None,
-    asks_per_minute: Annotated[
-        float | None, typer.Option(help="Instead of the server's; 0: no limit.", min=0)
-    ] = None,
-    deletions_per_hour: Annotated[
-        float | None, typer.Option(help="Instead of the server's; 0: no limit.", min=0)
-    ] = None,
+    asks_per_minute: OwnLimit = None,
+    deletions_per_hour: OwnLimit = None,
     as_json: Json = False,
 ) -> None:
     """Make a token and print it, this once: only its digest is kept."""

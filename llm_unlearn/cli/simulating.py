@@ -10,6 +10,7 @@ from llm_unlearn.cli.application import RUNS, Json, app
 
 if TYPE_CHECKING:
     from llm_unlearn.serving.simulation.numbers import Latency, Outcome
+    from llm_unlearn.serving.simulation.plan import Simulated
 
 COLUMNS = (
     "policy",
@@ -69,7 +70,7 @@ def simulate_serving(  # noqa: PLR0913 - typer makes an option of every argument
     as_json: Json = False,
 ) -> None:
     """What each serving policy would cost: latency, retrains, certified answers, exposures."""
-    from llm_unlearn.serving.simulation.numbers import Setting, headline
+    from llm_unlearn.serving.simulation.numbers import Setting
     from llm_unlearn.serving.simulation.plan import Arrivals, simulate_serving
 
     setting = Setting(
@@ -96,7 +97,15 @@ def simulate_serving(  # noqa: PLR0913 - typer makes an option of every argument
         plot_outcomes(simulated.outcomes, plot)
     if as_json:
         console.print_json(simulated.to_dict())
-        return
+    else:
+        _print(simulated)
+        if plot is not None:
+            print(f"plot: {plot}")
+
+
+def _print(simulated: "Simulated") -> None:
+    from llm_unlearn.serving.simulation.numbers import headline
+
     for note in simulated.notes:
         console.warn(note)
     print(simulated.sentence)
@@ -104,8 +113,6 @@ def simulate_serving(  # noqa: PLR0913 - typer makes an option of every argument
         console.print_table(f"target: {chosen}", COLUMNS, [_row(outcome) for outcome in rows])
         print(headline(rows))
     print(MEANING)
-    if plot is not None:
-        print(f"plot: {plot}")
 
 
 def _row(outcome: "Outcome") -> tuple[str, ...]:
