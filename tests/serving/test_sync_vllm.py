@@ -17,6 +17,7 @@ from llm_unlearn.exact.copies import known, mark_gone, outstanding
 from llm_unlearn.exact.ledger import Ledger
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.served import read_lineage
+from llm_unlearn.serving.outside import vllm as module
 from llm_unlearn.serving.outside.http_client import Server
 from llm_unlearn.serving.outside.vllm import Follower, Synced
 from llm_unlearn.serving.outside.vllm_server import MEMORY
@@ -111,6 +112,29 @@ def test_from_training_to_a_deletion(run: S3TRun, vllm: LoopbackVllm, url: str) 
     last = follow(run, url).sync()
     assert_in_step(run, vllm, last)
     assert last.in_memory == (hit,)
+
+
+def test_many_adapters_take_no_more_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the server and of the register does not grow with what is loaded, or kept."""
+    looks: list[int] = []
+    monkeypatch.setattr(module, "known", lambda run: looks.append(1) or known(run))
+
+    def count(shards: int) -> tuple[int, int]:
+        held, server = (
+            make_stub_run(tmp_path / f"{shards}", tiny_records(), num_shards=shards),
+            LoopbackVllm(),
+        )
+        with stubbed_training():
+            train_stub(held)
+        with running(server) as url:
+            first = follow(held, url).sync()
+            lists = sum(question.path == "/v1/models" for question in server.asked)
+            looks.clear()
+            assert set(first.loaded) == set(follow(held, url).sync().kept) == served_names(held)
+        assert len(first.loaded) > shards // 2
+        return lists, len(looks)
+
+    assert count(1) == count(6)
 
 
 def test_a_restart_takes_what_was_in_memory(run: S3TRun, vllm: LoopbackVllm, url: str) -> None:

@@ -184,7 +184,7 @@ class Follower:
         self._unload(misplaced, say)
         missing = [n for n in wanted if listed.get(n) != self._seen(n) or n in deleted]
         refusal = self._load_all({name: wanted[name] for name in missing}, clean, say)
-        for name in [name for name in wanted if name not in missing]:
+        for name in sorted(wanted.keys() - self._noted(wanted) - {*missing}):
             self._export(name, wanted[name])  # the server may read it again
             self._note_in_memory(name)
         replaced = [n for n in ours if n not in wanted and n not in deleted]
@@ -231,13 +231,21 @@ class Follower:
             raise failure
 
     def _load_all(self, parts: dict[str, Part], clean: Clean, say: Say) -> Refused | None:
-        """Load what the server takes; returns the first refusal."""
+        """Load what the server takes; returns the first refusal.
+
+        Raises:
+            RunError: the server cannot be asked, or does not list what it says that it loaded.
+        """
         refusal = None
         for name, part in parts.items():
             try:
                 self._load(name, part, clean, say)
             except Refused as error:
                 refusal = refusal or error
+        listed = self.vllm.listed() if self._loaded else {}
+        for name in self._loaded:
+            if name in parts and listed.get(name) != self._seen(name):
+                raise RunError(f"{self.vllm.url} says that it loaded {name}, and does not list it")
         return refusal
 
     def _load(self, name: str, part: Part, clean: Clean, say: Say) -> None:
@@ -270,6 +278,18 @@ class Follower:
 
     def _copy_at(self, place: Path) -> Copy | None:
         return next((copy for copy in known(self.run) if copy.is_at(str(place))), None)
+
+    def _noted(self, names: Iterable[str]) -> set[str]:
+        """Those whose files and whose place in the server's memory the register has, by one look at it."""
+        exported = {copy.place for copy in known(self.run) if copy.is_at(copy.place)}
+        loaded = {copy.place for copy in in_memory_of(self.run, self.vllm.url)}
+        return {
+            name
+            for name in names
+            if str(self.directory / name) in exported
+            and (self.directory / name / name).is_dir()
+            and place_in_memory(self.vllm.url, name) in loaded
+        }
 
     def _note_in_memory(self, name: str) -> Copy:
         """Register what is in the server's memory, unless it is; a later deletion then counts it."""

@@ -50,18 +50,20 @@ class VllmServer:
     def load(self, name: str, path: str) -> None:
         """Load an adapter; one that is there from the same path already is as good.
 
+        Whether it did what it says is for `listed` to say, once for all that were loaded.
+
         Raises:
             Refused: it says that it does not, say because the rank is too high.
-            RunError: it cannot be asked, or what it says is not so.
+            RunError: it cannot be asked, or fails.
         """
         body = {"lora_name": name, "lora_path": path}
         reply = ensure_allowed(self.server.post("/v1/load_lora_adapter", body), self.server)
         self._ensure_there_is_such(reply)
+        if reply.status == 200:
+            return
         listed = self.listed()
         if listed.get(name) == path:
             return
-        if reply.status == 200:
-            raise RunError(f"{self.url} says that it loaded {name}, and does not list it")
         told = f"{self.url} does not load {name}: {reply.message}"
         raise (Refused if 400 <= reply.status < 500 and name not in listed else RunError)(told)
 
