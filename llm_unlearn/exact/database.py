@@ -9,7 +9,9 @@ transaction did is undone.
 import contextlib
 import functools
 import hashlib
+import os
 import sqlite3
+import weakref
 from collections.abc import Iterator
 
 import sqlalchemy as sql
@@ -204,15 +206,34 @@ def _expected_sqlite_schema() -> list[tuple[str, ...]]:
 
 
 def _postgresql(address: Address) -> sql.Engine:
-    """A connection for each transaction: servers may restart meanwhile, and a fork shares none."""
-    return sql.create_engine(
+    """One connection is kept for the next transaction: to connect takes longer than to look.
+
+    It is tried first, since servers may restart meanwhile, and a fork shares none.
+    """
+    engine = sql.create_engine(
         "postgresql+psycopg://",
         creator=address.connect,
-        poolclass=sql.NullPool,
+        pool_size=1,
+        max_overflow=-1,
+        pool_pre_ping=True,
         isolation_level="READ COMMITTED",  # what is read under the lock is what was committed before
         use_native_hstore=False,
         hide_parameters=True,
-    ).execution_options(schema_translate_map={None: address.schema})
+    )
+    _forgotten_by_forks.add(engine)
+    return engine.execution_options(schema_translate_map={None: address.schema})
+
+
+_forgotten_by_forks: weakref.WeakSet[sql.Engine] = weakref.WeakSet()
+
+
+def _forget_connections() -> None:
+    """In a child process: the connections that it has inherited are its parent's."""
+    for engine in _forgotten_by_forks:
+        engine.dispose(close=False)
+
+
+os.register_at_fork(after_in_child=_forget_connections)
 
 
 def _lock(connection: sql.Connection, address: Address) -> None:

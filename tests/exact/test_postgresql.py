@@ -9,6 +9,7 @@ import stat
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from llm_unlearn.exact import database, ledger
 from llm_unlearn.exact.ledger import Ledger
 from llm_unlearn.exact.postgresql import ADDRESS_NAME, Address, checked_url
 from llm_unlearn.exact.run import S3TRun
+from tests.exact.killing import start
 from tests.exact.ledgers import Place, asked, fill, target
 from tests.postgres import PASSWORD, QUOTED, Server
 from tests.tiny import (
@@ -380,6 +382,29 @@ def test_a_server_that_restarts_between_two_commands_is_found_again(
     held.append("served", {})
     assert held.check_chain() == []
     assert len(held.events()) == 11
+
+
+def test_a_connection_is_kept_and_a_fork_has_its_own(on_server: Place, postgresql: Server) -> None:
+    address = on_server.address
+    name = f"test_of_{address.schema}"
+    named = replace(address, url=f"{address.url}&application_name={name}")
+    held = Ledger(named, on_server.head)
+    find = f"SELECT pid FROM pg_stat_activity WHERE application_name = '{name}'"
+
+    def look() -> None:
+        for _ in range(20):
+            held.append("x", {"n": 1})
+            held.epoch()
+
+    before = held.epoch()
+    kept = postgresql.execute(find)
+    assert len(kept) == 1
+    children = [start(look) for _ in range(2)]
+    look()
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+    assert held.epoch() == before + 60 and held.check_chain() == []
+    assert postgresql.execute(find) == kept, "the children left it alone, and nothing was left open"
 
 
 def test_runs_share_a_database_and_see_nothing_of_each_other(
