@@ -84,6 +84,7 @@ class Follower:
         self.directory = directory.resolve()
         self.seen_as = seen_as.rstrip("/") if seen_as else str(self.directory)
         self._names: dict[str, str] = {}
+        self._looked = (-1, 0)
         self._loaded: dict[str, None] = {}
         self._unloaded: dict[str, None] = {}
         if self.directory.is_relative_to(run.path.resolve()):
@@ -167,8 +168,12 @@ class Follower:
 
     def _moment(self) -> int:
         """Entries of the ledger that are not about copies, which syncing itself writes."""
-        of_copies = sum(len(self.run.ledger.events(kind)) for kind in ("copied", "copy gone"))
-        return self.run.ledger.count() - of_copies
+        epoch = self.run.ledger.epoch()
+        if epoch != self._looked[0]:
+            copying = [self.run.ledger.events(kind) for kind in ("copied", "copy gone")]
+            before = sum(event.sequence < epoch for events in copying for event in events)
+            self._looked = epoch, epoch - before
+        return self._looked[1]
 
     def _sync(self, say: Say) -> Synced:
         epoch, clean = self.run.ledger.count(), Clean.of(self.run)
