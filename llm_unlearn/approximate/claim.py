@@ -20,6 +20,7 @@ from llm_unlearn.digests import tensors_digest
 from llm_unlearn.errors import UserError
 
 CHECKPOINTS = "checkpoints"
+STEPS_NAME = "newton.safetensors"  # of a method that takes its own steps, instead of checkpoints
 
 
 def checkpoints_of(config: UnlearningConfig) -> Path:
@@ -60,7 +61,7 @@ def claim(work: Path, described: dict[str, Any]) -> None:
     path = work / "request.json"
     told = json.dumps(described)
     is_other = path.exists() and json.loads(path.read_bytes()) != json.loads(told)
-    if broadcast_object_list([is_other and last_checkpoint(work) is not None])[0]:
+    if broadcast_object_list([is_other and _has_progress(work)])[0]:
         raise UserError(
             f"{work} holds the checkpoints of another request that was interrupted: finish that one, "
             "remove the directory, or choose another --output_dir"
@@ -71,6 +72,10 @@ def claim(work: Path, described: dict[str, Any]) -> None:
         work.mkdir(parents=True, exist_ok=True)
         files.write_bytes(path, told.encode())
     state.wait_for_everyone()
+
+
+def _has_progress(work: Path) -> bool:
+    return last_checkpoint(work) is not None or (work / STEPS_NAME).exists()
 
 
 def training_flags(config: UnlearningConfig) -> dict[str, Any]:
