@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
 
     Raises:
         UserError: empty or overlapping sets, a method that does not fit the model.
-        RunError: training diverged; the last good state was written.
+        RunError: training diverged, and the last good state was written; or another process unlearns into
+            the same directory.
     """
     began = time.monotonic()
     config = config or UnlearningConfig()
@@ -92,19 +94,20 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
     watch = _watch(config, watching, tokenizer)
     model = method.start_from(model)
     earlier = ledger_of(model)
-    session, output = prepare(
-        model, tokenizer, forget, retain, config, method, lora=lora, encoder=encoder
-    )
-    session.on_step = on_step
-    start = Start(session)
-    method.prepare(session)
-    trainer = train(session, method, watch, on_step, observer)
-    if watch is not None:
-        watch.restore_best(session.tuned)
-    method.finish(session)
-    report = _report(session, method, trainer, watch, start.add_to(earlier), began)
-    content = json.dumps(report.to_dict(), indent=1, default=str)
-    save_result(session, output, {"README.md": model_card(method, report), REPORT_NAME: content})
+    with ExitStack() as held:
+        session, output = prepare(
+            model, tokenizer, forget, retain, config, method, lora, encoder, held
+        )
+        session.on_step = on_step
+        start = Start(session)
+        method.prepare(session)
+        trainer = train(session, method, watch, on_step, observer)
+        if watch is not None:
+            watch.restore_best(session.tuned)
+        method.finish(session)
+        report = _report(session, method, trainer, watch, start.add_to(earlier), began)
+        told = json.dumps(report.to_dict(), indent=1, default=str)
+        save_result(session, output, {"README.md": model_card(method, report), REPORT_NAME: told})
     if report.diverged_at is not None:
         raise RunError(
             f"the loss was no number at step {report.diverged_at}: {output} holds the last good "
@@ -143,7 +146,7 @@ def _report(
     )
 
 
-def prepare(
+def prepare(  # noqa: PLR0913 - what `unlearn` is given
     model: Any,
     tokenizer: Any,
     forget: Sequence[Record],
@@ -152,8 +155,12 @@ def prepare(
     method: Method,
     lora: LoraConfig | None = None,
     encoder: str | None = None,
+    held: ExitStack | None = None,
 ) -> tuple[Session, Path]:
     """Everything before training but the method's own hook: checks, what is tuned, encoded sides.
+
+    Args:
+        held: see `claim`.
 
     Returns:
         The session, and where the result goes.
@@ -170,7 +177,7 @@ def prepare(
         session.sides["retain"] = session.encode(retain)
     # What a model chose or made up may differ between processes by rounding: the main one's counts.
     session.add_sides(broadcast_object_list([method.sides(session)])[0])
-    claim(work, describe(session, method))
+    claim(work, describe(session, method), held)
     return session, output
 
 
