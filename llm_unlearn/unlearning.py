@@ -192,7 +192,8 @@ def _check_nested(sets: Sequence[Sequence[Record]]) -> None:
 def load_trainable(
     name_or_path: str, adapter: str | None, any_base: bool, model_arguments: "ModelConfig"
 ) -> tuple[Any, Any]:
-    """The fine-tuned model, whose adapter (if it has one) goes on being trained, and its tokenizer.
+    """The fine-tuned model, whose adapter (if it has one) goes on being trained, and its tokenizer; with the
+    ledger of how far earlier requests took it.
 
     What an earlier request left to answer through is around it: methods that cannot go on from there
     say so.
@@ -203,6 +204,7 @@ def load_trainable(
     Raises:
         UserError: it cannot be loaded, or the adapter was trained on another base.
     """
+    from llm_unlearn.approximate.travelled import take_up
     from llm_unlearn.exact.base_model import load_base
     from llm_unlearn.models import base_of_adapter, with_adapter, wrapped
 
@@ -218,6 +220,7 @@ def load_trainable(
     model, tokenizer = load_base(name_or_path, model_arguments.model_revision, options)
     if adapter is not None:
         model = with_adapter(model, adapter, trainable=True)
+    take_up(model, path)
     return wrapped(model, tokenizer, path), tokenizer
 
 

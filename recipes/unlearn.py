@@ -182,13 +182,15 @@ def show_notes(reports) -> None:
 
 def show_reports(output: Path, requests, reports) -> None:
     """A line for each request; of a refinement, for each subset that a method unlearned."""
+    from llm_unlearn.approximate.travelled import describe
+
     places = (
         [output / one.name for one in requests] if len(requests) > 1 else [output] * len(reports)
     )
     for where, report in zip(places, reports, strict=True):
         print(
             f"{where}: {report.forget_records} records unlearned with {report.method}, {report.steps} "
-            f"steps in {report.seconds:.0f} s; no guarantee (see its README.md)"
+            f"steps in {report.seconds:.0f} s; {describe(report.travelled)}; no guarantee (see its README.md)"
         )
 
 

@@ -338,6 +338,9 @@ def test_requests_in_a_row(
     for row in curve:
         assert f"{out / row['request']}: " in shown
         assert f"{row['forget']:.3f}" in shown and f"{row['utility']:.3f}" in shown
+    second = json.loads((out / "request-2" / REPORT).read_bytes())["travelled"]
+    assert set(second) == {"requests", "distance", "at_most"} and second["requests"] == 2
+    assert f"after 2 requests at most {second['at_most']:.3g} from the first model" in shown
     # The second request went on with what the first left; alone it ends elsewhere.
     assert (
         unlearn(out / "request-1", tmp_path / "by-hand", "--forget", more, "--retain", retain) == 0

@@ -31,7 +31,25 @@ class Minimum(NamedTuple):
     lowest: float
 
 
-def minimise_cubic(hessian: Floats, gradient: Floats, weight: float) -> Minimum:
+class Spectrum(NamedTuple):
+    """A symmetric matrix by its eigenvalues, (N,), and eigenvectors, the columns of (N, N)."""
+
+    values: Floats
+    vectors: Floats
+
+
+def spectrum_of(hessian: Floats) -> Spectrum:
+    """What every question about a Hessian is answered from; the one step that takes N^3.
+
+    Raises:
+        FloatingPointError: it holds something that is no number.
+    """
+    if not np.isfinite(hessian).all():
+        raise FloatingPointError("the Hessian holds something that is no number")
+    return Spectrum(*np.linalg.eigh((hessian + hessian.T) / 2))
+
+
+def minimise_cubic(spectrum: Spectrum, gradient: Floats, weight: float) -> Minimum:
     """The global minimum of the cubic model.
 
     The damping is found by halving an interval: there is always one sign change, and neither a
@@ -40,18 +58,19 @@ def minimise_cubic(hessian: Floats, gradient: Floats, weight: float) -> Minimum:
     special to it.
 
     Args:
-        hessian: (N, N), symmetric, of any signature.
+        spectrum: of the Hessian, which may have any signature.
         gradient: (N,).
         weight: the cubic weight L, above 0.
 
     Raises:
-        ValueError: the weight is not above 0, or something is no number.
+        ValueError: the weight is not above 0.
+        FloatingPointError: the gradient holds something that is no number.
     """
     if not weight > 0:
         raise ValueError(f"the cubic weight must be above 0, got {weight}")
-    if not (np.isfinite(hessian).all() and np.isfinite(gradient).all()):
-        raise ValueError("the Hessian or the gradient holds something that is no number")
-    values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+    if not np.isfinite(gradient).all():
+        raise FloatingPointError("the gradient holds something that is no number")
+    values, vectors = spectrum
     along = vectors.T @ gradient
     floor = max(-values[0], 0.0)
     lifted = values + floor  # none is negative, and the lowest is exactly 0 where floor is above 0
@@ -88,12 +107,12 @@ def _divided(along: Floats, shifted: Floats) -> Floats:
         return -np.divide(along, shifted, out=np.zeros_like(along), where=shifted > 0)
 
 
-def damped_newton(hessian: Floats, gradient: Floats, damping: float) -> Floats:
+def damped_newton(spectrum: Spectrum, gradient: Floats, damping: float) -> Floats:
     """-(H + damping I)^+ gradient, with eigenvalues that rounding cannot tell from 0 left out.
 
     The baseline: how long it is, and whether it leads down at all, depends on the damping alone.
     """
-    values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+    values, vectors = spectrum
     shifted = values + damping
     is_there = np.abs(shifted) > np.abs(values).max(initial=0.0) * len(values) * np.finfo(float).eps
     along = vectors.T @ gradient

@@ -27,7 +27,9 @@ SOLVERS = ("lanczos", "gd", "dense")
 BAD, POOR, GOOD = 0.1, 0.5, 0.9
 MOST_REFUSALS = 10
 SMALLEST_WEIGHT = 1e-6
-ROUNDING = 1e-6  # of the loss: a change that single precision cannot see
+# Of the loss: a change that single and double precision cannot see.
+ROUNDING, ROUNDING_IN_DOUBLE = 1e-6, 1e-14
+NO_NUMBER = "the loss, its gradient or a product with the Hessian was no number"
 
 
 class Local(Protocol):
@@ -119,28 +121,33 @@ class CubicNewton:
         """
         local = self.problem.local(len(self.history))
         start_D = self.problem.weights()
-        solver = self._solver(local)
-        move = solver.move(self.weight)
+        try:
+            solver = self._solver(local)
+            move = solver.move(self.weight)
+        except FloatingPointError:
+            return NO_NUMBER
         if self._is_stationary(move, local):
             return "stationary"
         refused, limit = 0, ""
         while True:
-            why = self._refusal(local, start_D, move)
+            change, why = self._try(local, start_D, move)
             objected = "" if why else self.problem.objection()
             limit = objected or limit
             if not (why or objected):
                 was_limited = bool(self.history and self.history[-1]["limited"])
-                self._note(local, move, refused, bool(limit))
+                self._note(local, refused, bool(limit), move, change)
                 return limit if was_limited else ""
             self.problem.put(start_D)
             if not self.settings.adaptive or refused == MOST_REFUSALS:
-                self._note(local, None, refused, bool(limit))
+                self._note(local, refused, bool(limit))
                 return why or objected
             refused += 1
             self.weight *= 4
             move = solver.move(self.weight)
 
     def _solver(self, local: Local) -> Solver:
+        if not (math.isfinite(local.loss) and bool(local.gradient_D.isfinite().all())):
+            raise FloatingPointError(NO_NUMBER)
         given, seed = self.settings, self.settings.seed + len(self.history)
         if given.solver == "dense":
             return dense(local.product, local.gradient_D)
@@ -157,27 +164,35 @@ class CubicNewton:
         """
         epsilon = self.settings.epsilon
         gain = math.sqrt(epsilon**3 / self.weight) / 100
-        is_done = -move.predicted < max(gain, ROUNDING * abs(local.loss))
+        is_double = local.gradient_D.dtype == torch.float64
+        rounding = ROUNDING_IN_DOUBLE if is_double else ROUNDING
+        is_done = -move.predicted < max(gain, rounding * abs(local.loss))
         if move.lowest is None:
             return is_done
         is_flat = float(local.gradient_D.norm()) <= epsilon
         return (is_flat or is_done) and move.lowest >= -math.sqrt(self.weight * epsilon)
 
-    def _refusal(self, local: Local, start_D: Tensor, move: Move) -> str:
-        """Go there, and say what is wrong with it."""
+    def _try(self, local: Local, start_D: Tensor, move: Move) -> tuple[float, str]:
+        """Go there: by how much the loss changed, and what is wrong with it."""
         if not float(move.delta_D.norm()) <= self.settings.longest:
-            return "the step is too long: raise --cubic_weight"
+            return 0.0, "the step is too long: raise --cubic_weight"
         self.problem.put(start_D + move.delta_D)
-        after = local.present_loss()
-        if not math.isfinite(after):
-            return "the loss was no number: raise --cubic_weight"
-        if self.settings.adaptive and not local.loss - after > -BAD * move.predicted:
-            return "no step kept what the model of the loss promised"
-        return ""
+        change = local.present_loss() - local.loss
+        if not math.isfinite(change):
+            return change, "the loss was no number: raise --cubic_weight"
+        if self.settings.adaptive and not -change > -BAD * move.predicted:
+            return change, "no step kept what the model of the loss promised"
+        return change, ""
 
-    def _note(self, local: Local, move: Move | None, refused: int, limited: bool) -> None:
+    def _note(
+        self,
+        local: Local,
+        refused: int,
+        limited: bool,
+        move: Move | None = None,
+        change: float = 0.0,
+    ) -> None:
         """Remember what was done (None: nothing), and set the weight of the next step."""
-        change = local.present_loss() - local.loss if move else 0.0
         self.history.append(
             {
                 "step": len(self.history) + 1,

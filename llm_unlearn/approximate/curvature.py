@@ -194,13 +194,15 @@ def check_products(
     vector_D = unit_noise(flat(parameters), seed)
     try:
         product_D = Curvature(model, parameters, [part]).product(vector_D).double()
-    except (RuntimeError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise  # says itself what is missing; another attention would not help
+    except RuntimeError as error:
         raise UserError(
             f"the model's loss cannot be differentiated twice ({' '.join(str(error).split())[:120]}): {ADVICE}"
         ) from None
     with _in_double(model) if how == "double" else _as_it_is():
         found = [_difference(model, parameters, part, vector_D, far) for far in DISTANCES]
-    error = min(float((product_D - one_D).norm() / one_D.norm()) for one_D in found)
+    error = min(_apart(product_D, one_D) for one_D in found)
     kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     allowed = max(TOLERANCE.get(kind, HALF_TOLERANCE) for kind in kinds)
     if not error <= allowed:
@@ -211,11 +213,17 @@ def check_products(
     return error
 
 
+def _apart(one_D: Tensor, other_D: Tensor) -> float:
+    """How far apart in parts of the other's length; two that are 0 are equal."""
+    smallest = torch.finfo(other_D.dtype).tiny
+    return float((one_D - other_D).norm() / other_D.norm().clamp_min(smallest))
+
+
 def _every_token(part: Part) -> Part:
     batch: Mapping[str, Tensor] = part.batch
     present = batch["attention_mask"].bool()
     labels = batch["input_ids"].where(present, -100)
-    return Part({**batch, "labels": labels}, 1.0 / int(present[:, 1:].sum()))
+    return Part({**batch, "labels": labels}, 1.0 / max(1, int(present[:, 1:].sum())))
 
 
 def _difference(

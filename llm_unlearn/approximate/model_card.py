@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.approximate.method import Method
+from llm_unlearn.approximate.travelled import describe
 
 if TYPE_CHECKING:
     from llm_unlearn.approximate.result import Report
@@ -37,6 +38,7 @@ def model_card(method: Method, report: "Report") -> str:
         "optimizer steps": report.steps,
         "trained parameters": f"{report.trained_parameters:,}",
         "seconds": f"{report.seconds:.1f}",
+        "how far": describe(report.travelled),
         **report.flags,
         **{name: value for name, value in report.training.items() if value is not None},
     }

@@ -4,6 +4,7 @@ Rows of a step depend on the seed and the step's number alone. Some retain rows 
 loss says whether what is learnt on the others costs something.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from llm_unlearn.approximate.session import Session
 from llm_unlearn.data.encoding import Example
 from llm_unlearn.data.records import make_records
 from llm_unlearn.data.sources import read_rows
-from llm_unlearn.errors import UserError
+from llm_unlearn.errors import RunError, UserError
 
 MOST_HELD_OUT = 5  # a fifth of the retain rows
 PAST, AT = 1.1, 0.9  # of the way from the forget set's loss to that of unseen rows
@@ -67,26 +68,18 @@ class Standing:
     held_out: float
 
 
-class NewtonProblem:
-    """A session's model as a `cubic_newton.Problem`.
+class DrawnLoss:
+    """A session's loss over rows that are drawn for each step, and the tensors it is a function of."""
 
-    Attributes:
-        level: loss at which forget rows are like unseen ones; None: not known.
-        start: the standing before the first step.
-        present: the standing of the weights that were last looked at.
-    """
-
-    def __init__(self, session: Session, rows: Rows, level: float | None = None):
-        self.session, self.rows, self.level = session, rows, level
+    def __init__(self, session: Session, rows: Rows):
+        self.session, self.rows = session, rows
         self.model = session.model.to(session.config.device).eval()
         self.parameters = list(session.tuned.trainable.values())
-        retain, forget = session.sides["retain"], session.sides["forget"]
+        retain = session.sides["retain"]
         count = min(rows.held_out, len(retain) // MOST_HELD_OUT)
         order = seeded_order(len(retain), f"{session.config.seed} held out")
         self._retain = [retain[number] for number in order[count:]]
-        self._held_out = self.parts([retain[number] for number in order[:count] or order])
-        self._forget = self.parts(forget)
-        self.start = self.present = self.standing()
+        self._unused = [retain[number] for number in order[:count] or order]
 
     def parts(self, examples: Sequence[Example], weight: float = 1.0) -> list[Part]:
         size = self.session.config.per_device_train_batch_size
@@ -95,7 +88,9 @@ class NewtonProblem:
 
     def check(self, how: str) -> float:
         """Refuse a model whose loss cannot be differentiated twice; see `check_products`."""
-        (part,) = self.parts(self.session.sides["retain"][:1])
+        rows = self.session.sides["retain"]
+        row = next((row for row in rows if len(row.input_ids) > 1), rows[0])  # one predicts nothing
+        (part,) = self.parts([row])
         return check_products(self.model, self.parameters, part, how, self.session.config.seed)
 
     def local(self, number: int) -> Curvature:
@@ -125,16 +120,48 @@ class NewtonProblem:
     def put(self, weights_D: Tensor) -> None:
         put(self.parameters, weights_D)
 
+
+class NewtonProblem(DrawnLoss):
+    """It as a `cubic_newton.Problem`, with limits to how far it may go.
+
+    Attributes:
+        level: loss at which forget rows are like unseen ones; None: not known.
+        start: the standing before the first step.
+
+    Raises:
+        RunError: the model's loss is no number.
+    """
+
+    def __init__(self, session: Session, rows: Rows, level: float | None = None):
+        super().__init__(session, rows)
+        self.level = level
+        self._held_out = self.parts(self._unused)
+        self._forget = self.parts(session.sides["forget"])
+        self._standing: Standing | None = None
+        self.start = self.standing()
+        if not math.isfinite(self.start.forget + self.start.held_out):
+            raise RunError(
+                "the model's loss is no number before the first step: nothing was written"
+            )
+
+    def put(self, weights_D: Tensor) -> None:
+        super().put(weights_D)
+        self._standing = None
+
     def standing(self) -> Standing:
-        return Standing(
-            total_loss(self.model, self._forget), total_loss(self.model, self._held_out)
-        )
+        """Of the weights as they are; it is asked for more often than they change."""
+        if self._standing is None:
+            self._standing = Standing(
+                total_loss(self.model, self._forget), total_loss(self.model, self._held_out)
+            )
+        return self._standing
 
     def objection(self) -> str:
         """Held-out rows that suffer, or forget rows that are further than unseen ones."""
-        self.present = self.standing()
-        start = self.start
-        if self.present.held_out - start.held_out > self.rows.most_rise * max(1.0, start.held_out):
+        now, start = self.standing(), self.start
+        if not math.isfinite(now.forget + now.held_out):
+            return "the loss of forget or held-out rows was no number"
+        if now.held_out - start.held_out > self.rows.most_rise * max(1.0, start.held_out):
             return "held-out retain rows would suffer (--most_rise)"
         if self.level is not None and self._way() > PAST:
             return "forget rows would be less likely than unseen ones"
@@ -143,7 +170,7 @@ class NewtonProblem:
     def _way(self) -> float:
         """How far the forget set's loss is, from 0 at the start to 1 at the level."""
         assert self.level is not None
-        return (self.present.forget - self.start.forget) / (self.level - self.start.forget)
+        return (self.standing().forget - self.start.forget) / (self.level - self.start.forget)
 
     def is_forgotten(self) -> bool:
         """Whether forget rows are about as likely as unseen ones."""

@@ -7,11 +7,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from llm_unlearn import files
+from llm_unlearn.approximate.claim import STEPS_NAME
 from llm_unlearn.approximate.cubic_newton import CubicNewton
+from llm_unlearn.approximate.curvature import flat
 from llm_unlearn.approximate.newton_problem import NewtonProblem
 from llm_unlearn.approximate.tuning import copied
-
-NAME = "newton.safetensors"
 
 
 def keep_state(problem: NewtonProblem, newton: CubicNewton, stopped: str) -> None:
@@ -27,7 +27,7 @@ def keep_state(problem: NewtonProblem, newton: CubicNewton, stopped: str) -> Non
     }
     session.work.mkdir(parents=True, exist_ok=True)
     data = save(copied(session.tuned.trainable), {"state": json.dumps(told)})
-    files.write_bytes(session.work / NAME, data)
+    files.write_bytes(session.work / STEPS_NAME, data)
 
 
 def take_up_state(problem: NewtonProblem, newton: CubicNewton) -> str:
@@ -38,14 +38,13 @@ def take_up_state(problem: NewtonProblem, newton: CubicNewton) -> str:
         Why that call had stopped; empty: it had not.
     """
     session = problem.session
-    path = session.work / NAME
+    path = session.work / STEPS_NAME
     if not path.exists():
         return ""
     with safe_open(path, framework="pt") as stored:
         told = json.loads((stored.metadata() or {})["state"])
         if told["level"] != problem.level:
             return ""
-        session.tuned.load({name: stored.get_tensor(name) for name in stored.keys()})
+        problem.put(flat([stored.get_tensor(name) for name in session.tuned.trainable]))
     newton.weight, newton.history = told["weight"], told["history"]
-    problem.present = problem.standing()
     return told["stopped"]

@@ -10,9 +10,8 @@ from accelerate import PartialState
 
 from llm_unlearn import files
 from llm_unlearn.approximate.session import Session
+from llm_unlearn.approximate.travelled import NOTHING, REPORT_NAME, Ledger
 from llm_unlearn.approximate.watch import Standing
-
-REPORT_NAME = "unlearning.json"
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Report:
         standings: forget and utility by epoch, where the model was evaluated on the way.
         diverged_at: the step whose loss was no number; what was written is from before it.
         stopped_rows: forget rows that were left out at the end, as forgotten.
+        travelled: how far the weights went, with what earlier requests did; see `travelled`.
     """
 
     method: str
@@ -44,6 +44,7 @@ class Report:
     kept_epoch: int | None = None
     diverged_at: int | None = None
     stopped_rows: int = 0
+    travelled: Ledger = field(default_factory=lambda: NOTHING)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

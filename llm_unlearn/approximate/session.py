@@ -5,11 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from llm_unlearn.approximate.arguments import UnlearningConfig
 from llm_unlearn.approximate.tuning import Tuned
 from llm_unlearn.data.encoding import Example, check_lengths, encode
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
+
+START_NAME = (
+    "start.safetensors"  # of full fine-tuning: the trained tensors before it, in the work directory
+)
 
 
 @dataclass
@@ -62,6 +68,15 @@ class Session:
         if warning := check_lengths(examples, config.max_length):
             self.notes.append(warning)
         return examples
+
+    def save_trained(self, name: str) -> Path:
+        """The trained tensors as they are now, as a file in the work directory. By the main process."""
+        state = PartialState()
+        if state.is_main_process:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self.tuned.save(self.work / name)
+        state.wait_for_everyone()
+        return self.work / name
 
     def add_sides(self, sides: Mapping[str, Sequence[Record]]) -> None:
         """Encode further sides; each goes along with the forget or the retain rows."""

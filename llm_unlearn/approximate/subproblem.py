@@ -6,13 +6,14 @@ costs nothing but another question (descent starts again). Vectors are flat, (D,
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llm_unlearn.approximate.cubic import damped_newton, minimise_cubic
+from llm_unlearn.approximate.cubic import Spectrum, damped_newton, minimise_cubic, spectrum_of
 from llm_unlearn.errors import UserError
 
 Product = Callable[[Tensor], Tensor]
@@ -36,7 +37,13 @@ class Move:
 
 
 class Solver(Protocol):
-    def move(self, weight: float) -> Move: ...
+    def move(self, weight: float) -> Move:
+        """The step under a cubic weight.
+
+        Raises:
+            FloatingPointError: the gradient or a product is no number.
+        """
+        ...
 
 
 def unit_noise(like_D: Tensor, seed: int) -> Tensor:
@@ -73,13 +80,18 @@ class Projected:
     gradient: np.ndarray
     like_D: Tensor
 
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Taken apart once: a step that is refused asks again under another weight."""
+        return spectrum_of(self.hessian)
+
     def move(self, weight: float) -> Move:
-        found = minimise_cubic(self.hessian, self.gradient, weight)
+        found = minimise_cubic(self.spectrum, self.gradient, weight)
         return Move(self._back(found.point), found.value, found.lowest)
 
     def newton(self, damping: float) -> Tensor:
         """Damped Newton's step, (D,): the baseline."""
-        return self._back(damped_newton(self.hessian, self.gradient, damping))
+        return self._back(damped_newton(self.spectrum, self.gradient, damping))
 
     def _back(self, point: np.ndarray) -> Tensor:
         if not self.basis:
@@ -163,6 +175,8 @@ class Descent:
         tilted_D = start_vector(self.gradient_D, self.sigma, self.seed)
         delta_D, image_D = self._cauchy(weight)
         best = Move(delta_D, self._value(delta_D, image_D, weight))
+        if not np.isfinite(best.predicted):
+            raise FloatingPointError("the gradient or its product is no number")
         for _ in range(self.steps):
             slope_D = tilted_D + image_D + weight / 2 * delta_D.norm() * delta_D
             delta_D = delta_D - self.rate * slope_D
@@ -180,7 +194,9 @@ class Descent:
         if self._curved_D is None:
             self._curved_D = self.product(self.gradient_D)
         bend = float(self.gradient_D @ self._curved_D) / length**2 / weight
-        far = (-bend + np.sqrt(bend**2 + 2 * length / weight)) / length
+        root = np.sqrt(bend**2 + 2 * length / weight)
+        # Two forms of the same: a difference of nearly equal numbers would leave rounding alone.
+        far = 2 / weight / (root + bend) if bend > 0 else (root - bend) / length
         return -far * self.gradient_D, -far * self._curved_D
 
     def _value(self, delta_D: Tensor, image_D: Tensor, weight: float) -> float:

@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from llm_unlearn.approximate.method import Method
 from llm_unlearn.approximate.methods import load_method
 from llm_unlearn.approximate.model_card import model_card
 from llm_unlearn.approximate.reference import Reference
-from llm_unlearn.approximate.result import REPORT_NAME, Report, save_result
+from llm_unlearn.approximate.result import Report, save_result
 from llm_unlearn.approximate.retain_projection import make_modifier
 from llm_unlearn.approximate.sample_stopping import make_stopper
 from llm_unlearn.approximate.session import Session, check_sets
 from llm_unlearn.approximate.trainer import UnlearningTrainer, last_checkpoint
+from llm_unlearn.approximate.travelled import REPORT_NAME, Ledger, Start, ledger_of
 from llm_unlearn.approximate.tuning import Tuned, tune
 from llm_unlearn.approximate.watch import Standing, Watch
 from llm_unlearn.data.records import Record
@@ -83,42 +85,29 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
 
     Raises:
         UserError: empty or overlapping sets, a method that does not fit the model.
-        RunError: training diverged; the last good state was written.
+        RunError: training diverged, and the last good state was written; or another process unlearns into
+            the same directory.
     """
-    start = time.monotonic()
+    began = time.monotonic()
     config = config or UnlearningConfig()
     method = method or make_method(config.method)
     watch = _watch(config, watching, tokenizer)
     model = method.start_from(model)
-    session, output = prepare(
-        model, tokenizer, forget, retain, config, method, lora=lora, encoder=encoder
-    )
-    session.on_step = on_step
-    trainer = train(session, method, watch, on_step, observer)
-    if watch is not None:
-        watch.restore_best(session.tuned)
-    method.finish(session)
-    report = Report(
-        method=config.method,
-        flags=asdict(method),
-        training=training_flags(config),
-        base_model=_base_name(session.model),
-        is_adapter=session.tuned.is_adapter,
-        is_suppression=method.is_suppression,
-        forget_records=len(forget),
-        retain_records=len(retain),
-        seconds=time.monotonic() - start,
-        steps=trainer.state.global_step if trainer else len(session.history),
-        trained_parameters=sum(p.numel() for p in session.tuned.trainable.values()),
-        history=trainer.history if trainer else session.history,
-        standings=watch.seen if watch else {},
-        kept_epoch=watch.best_epoch if watch and watch.keep == "best" else None,
-        diverged_at=trainer.diverged_at if trainer else None,
-        stopped_rows=len(trainer.rows.stopped) if trainer else 0,
-        notes=session.notes,
-    )
-    content = json.dumps(report.to_dict(), indent=1, default=str)
-    save_result(session, output, {"README.md": model_card(method, report), REPORT_NAME: content})
+    earlier = ledger_of(model)
+    with ExitStack() as held:
+        session, output = prepare(
+            model, tokenizer, forget, retain, config, method, lora, encoder, held
+        )
+        session.on_step = on_step
+        start = Start(session)
+        method.prepare(session)
+        trainer = train(session, method, watch, on_step, observer)
+        if watch is not None:
+            watch.restore_best(session.tuned)
+        method.finish(session)
+        report = _report(session, method, trainer, watch, start.add_to(earlier), began)
+        told = json.dumps(report.to_dict(), indent=1, default=str)
+        save_result(session, output, {"README.md": model_card(method, report), REPORT_NAME: told})
     if report.diverged_at is not None:
         raise RunError(
             f"the loss was no number at step {report.diverged_at}: {output} holds the last good "
@@ -127,7 +116,37 @@ def unlearn(  # noqa: PLR0913 - a request, and most of it has a default
     return report
 
 
-def prepare(
+def _report(
+    session: Session,
+    method: Method,
+    trainer: UnlearningTrainer | None,
+    watch: Watch | None,
+    travelled: Ledger,
+    began: float,
+) -> Report:
+    return Report(
+        method=session.config.method,
+        flags=asdict(method),
+        training=training_flags(session.config),
+        base_model=_base_name(session.model),
+        is_adapter=session.tuned.is_adapter,
+        is_suppression=method.is_suppression,
+        forget_records=len(session.forget),
+        retain_records=len(session.retain),
+        seconds=time.monotonic() - began,
+        steps=trainer.state.global_step if trainer else len(session.history),
+        trained_parameters=sum(p.numel() for p in session.tuned.trainable.values()),
+        history=trainer.history if trainer else session.history,
+        standings=watch.seen if watch else {},
+        kept_epoch=watch.best_epoch if watch and watch.keep == "best" else None,
+        diverged_at=trainer.diverged_at if trainer else None,
+        stopped_rows=len(trainer.rows.stopped) if trainer else 0,
+        notes=session.notes,
+        travelled=travelled,
+    )
+
+
+def prepare(  # noqa: PLR0913 - what `unlearn` is given
     model: Any,
     tokenizer: Any,
     forget: Sequence[Record],
@@ -136,8 +155,12 @@ def prepare(
     method: Method,
     lora: LoraConfig | None = None,
     encoder: str | None = None,
+    held: ExitStack | None = None,
 ) -> tuple[Session, Path]:
-    """Everything before training: checks, what is tuned, encoded sides, the method's own hook.
+    """Everything before training but the method's own hook: checks, what is tuned, encoded sides.
+
+    Args:
+        held: see `claim`.
 
     Returns:
         The session, and where the result goes.
@@ -154,8 +177,7 @@ def prepare(
         session.sides["retain"] = session.encode(retain)
     # What a model chose or made up may differ between processes by rounding: the main one's counts.
     session.add_sides(broadcast_object_list([method.sides(session)])[0])
-    claim(work, describe(session, method))
-    method.prepare(session)
+    claim(work, describe(session, method), held)
     return session, output
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from llm_unlearn.approximate.cubic import damped_newton, minimise_cubic
+from llm_unlearn.approximate.cubic import damped_newton, minimise_cubic, spectrum_of
 from llm_unlearn.approximate.subproblem import (
     LARGEST_DENSE,
     Descent,
@@ -49,7 +49,7 @@ def optimal(hessian: np.ndarray, gradient: np.ndarray, weight: float, point: np.
 @settings(max_examples=60, deadline=None)
 def test_the_minimum_is_global(seed: int, weight: float) -> None:
     hessian, gradient = problem(seed, size=2 + seed % 9)
-    found = minimise_cubic(hessian, gradient, weight)
+    found = minimise_cubic(spectrum_of(hessian), gradient, weight)
     optimal(hessian, gradient, weight, found.point)
     assert found.value == pytest.approx(value(hessian, gradient, weight, found.point), rel=1e-9)
     assert found.damping == pytest.approx(weight / 2 * np.linalg.norm(found.point), rel=1e-6)
@@ -58,7 +58,7 @@ def test_the_minimum_is_global(seed: int, weight: float) -> None:
 
 def test_no_start_of_a_local_search_is_lower() -> None:
     hessian, gradient = problem(3, size=4)
-    found = minimise_cubic(hessian, gradient, 2.0)
+    found = minimise_cubic(spectrum_of(hessian), gradient, 2.0)
     generator = np.random.default_rng(0)
     searched = min(
         minimize(lambda x: value(hessian, gradient, 2.0, x), generator.normal(size=4) * 3).fun
@@ -70,9 +70,9 @@ def test_no_start_of_a_local_search_is_lower() -> None:
 def test_a_positive_definite_hessian_is_no_special_case() -> None:
     """Damping 0 is where the interval begins; other code divides by it."""
     hessian, gradient = np.diag([1.0, 4.0]), np.array([1e-9, 0.0])
-    found = minimise_cubic(hessian, gradient, 1.0)
+    found = minimise_cubic(spectrum_of(hessian), gradient, 1.0)
     assert found.point == pytest.approx([-1e-9, 0.0], rel=1e-6) and 0 <= found.damping < 1e-9
-    far = minimise_cubic(hessian, np.array([3.0, 1.0]), 1.0)
+    far = minimise_cubic(spectrum_of(hessian), np.array([3.0, 1.0]), 1.0)
     optimal(hessian, np.array([3.0, 1.0]), 1.0, far.point)
 
 
@@ -80,7 +80,7 @@ def test_a_positive_definite_hessian_is_no_special_case() -> None:
 def test_the_hard_case(along: float) -> None:
     """The gradient has no part along the lowest eigenvector: a part of that vector has to be added."""
     hessian, gradient = np.diag([-2.0, 1.0, 3.0]), np.array([along, 0.1, 0.2])
-    found = minimise_cubic(hessian, gradient, 1.0)
+    found = minimise_cubic(spectrum_of(hessian), gradient, 1.0)
     assert np.linalg.norm(found.point) == pytest.approx(4.0, rel=1e-6)  # 2 * 2 / L
     assert found.point[1:] == pytest.approx([-0.1 / 3, -0.2 / 5], rel=1e-6)
     optimal(hessian, gradient, 1.0, found.point)
@@ -88,17 +88,19 @@ def test_the_hard_case(along: float) -> None:
 
 
 def test_a_saddle_is_left_and_a_flat_point_is_not() -> None:
-    found = minimise_cubic(np.diag([-1.0, 2.0]), np.zeros(2), 1.0)
+    found = minimise_cubic(spectrum_of(np.diag([-1.0, 2.0])), np.zeros(2), 1.0)
     assert np.abs(found.point) == pytest.approx([2.0, 0.0]) and found.value < 0
     for still in (np.zeros((2, 2)), np.eye(2)):
-        assert not minimise_cubic(still, np.zeros(2), 1.0).point.any()
+        assert not minimise_cubic(spectrum_of(still), np.zeros(2), 1.0).point.any()
 
 
 def test_what_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match="above 0"):
-        minimise_cubic(np.eye(2), np.ones(2), 0.0)
-    with pytest.raises(ValueError, match="no number"):
-        minimise_cubic(np.eye(2), np.array([np.nan, 1.0]), 1.0)
+        minimise_cubic(spectrum_of(np.eye(2)), np.ones(2), 0.0)
+    with pytest.raises(FloatingPointError, match="gradient"):
+        minimise_cubic(spectrum_of(np.eye(2)), np.array([np.nan, 1.0]), 1.0)
+    with pytest.raises(FloatingPointError, match="Hessian"):
+        spectrum_of(np.diag([1.0, np.inf]))
 
 
 def krylov(hessian: np.ndarray, gradient: np.ndarray, size: int, sigma: float = 0.0) -> Projected:
@@ -110,7 +112,7 @@ def krylov(hessian: np.ndarray, gradient: np.ndarray, size: int, sigma: float = 
 @pytest.mark.parametrize("weight", [0.1, 1.0, 100.0])
 def test_lanczos_is_the_dense_solution_in_the_end_and_falls_on_the_way(weight: float) -> None:
     hessian, gradient = problem(1)
-    best = minimise_cubic(hessian, gradient, weight)
+    best = minimise_cubic(spectrum_of(hessian), gradient, weight)
     values = []
     for size in range(1, 13):
         move = krylov(hessian, gradient, size).move(weight)
@@ -142,7 +144,7 @@ def test_an_invariant_space_ends_it() -> None:
     found = krylov(np.diag([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 1.0, 0.0, 0.0]), 4)
     assert len(found.basis) == 2
     assert found.move(1.0).predicted == pytest.approx(
-        minimise_cubic(np.diag([1.0, 2.0]), np.ones(2), 1.0).value
+        minimise_cubic(spectrum_of(np.diag([1.0, 2.0])), np.ones(2), 1.0).value
     )
 
 
@@ -151,7 +153,7 @@ def test_noise_finds_the_hard_case() -> None:
     hessian, gradient = np.diag([-2.0, 1.0, 3.0]), np.array([0.0, 0.1, 0.2])
     blind = krylov(hessian, gradient, 3).move(1.0)
     seeing = krylov(hessian, gradient, 3, sigma=1e-3).move(1.0)
-    best = minimise_cubic(hessian, gradient, 1.0)
+    best = minimise_cubic(spectrum_of(hessian), gradient, 1.0)
     assert blind.predicted > best.value / 100
     assert seeing.predicted == pytest.approx(best.value, rel=1e-6)
 
@@ -173,7 +175,7 @@ def test_descent_is_never_worse_than_the_cauchy_point_nor_better_than_the_minimu
     hessian, gradient = problem(2)
     gradient_D = torch.from_numpy(gradient)
     cauchy = minimise_cubic(
-        (gradient @ hessian @ gradient / (gradient @ gradient)).reshape(1, 1),
+        spectrum_of((gradient @ hessian @ gradient / (gradient @ gradient)).reshape(1, 1)),
         np.array([np.linalg.norm(gradient)]),
         1.0,
     )
@@ -181,14 +183,37 @@ def test_descent_is_never_worse_than_the_cauchy_point_nor_better_than_the_minimu
     assert move.predicted == pytest.approx(
         value(hessian, gradient, 1.0, move.delta_D.numpy()), rel=1e-9
     )
-    assert minimise_cubic(hessian, gradient, 1.0).value <= move.predicted <= cauchy.value + 1e-12
+    assert (
+        minimise_cubic(spectrum_of(hessian), gradient, 1.0).value
+        <= move.predicted
+        <= cauchy.value + 1e-12
+    )
+
+
+@pytest.mark.parametrize("weight", [1e-6, 1e-3])
+def test_the_cauchy_point_of_a_steep_bend_under_a_low_weight(weight: float) -> None:
+    """R = -b / L + sqrt((b / L)^2 + 2 |g| / L) as it stands is a difference of equal numbers there."""
+    gradient_D = torch.tensor([1e-3, 0.0], dtype=torch.float64)
+    bend = np.diag([1e6, 1.0])
+    move = Descent(products(bend), gradient_D, 1, 1e-9, sigma=0.0).move(weight)
+    best = minimise_cubic(spectrum_of(bend), gradient_D.numpy(), weight)
+    assert move.predicted == pytest.approx(best.value, rel=1e-6)
+
+
+def test_another_weight_takes_the_hessian_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hessian, gradient = problem(4)
+    space = dense(products(hessian), torch.from_numpy(gradient))
+    moves = [space.move(1.0)]
+    monkeypatch.setattr(np.linalg, "eigh", None)  # the cube of the number of parameters
+    moves.append(space.move(4.0))
+    assert 0 > moves[1].predicted > moves[0].predicted
 
 
 def test_descent_reaches_the_minimum_with_many_steps() -> None:
     """The cubic term's gradient is (L / 2) |x| x: with another factor it would end elsewhere."""
     hessian, gradient = problem(2, size=5)
     move = Descent(products(hessian), torch.from_numpy(gradient), 4000, 0.02, sigma=0.0).move(3.0)
-    best = minimise_cubic(hessian, gradient, 3.0)
+    best = minimise_cubic(spectrum_of(hessian), gradient, 3.0)
     assert move.predicted == pytest.approx(best.value, rel=1e-6)
     assert move.delta_D.numpy() == pytest.approx(best.point, abs=1e-3)
 
@@ -209,9 +234,11 @@ def test_a_weight_more_costs_lanczos_no_product() -> None:
 
 def test_damped_newton_by_hand_and_what_it_does_near_a_pole() -> None:
     hessian, gradient = np.diag([2.0, 0.0, -0.1]), np.array([1.0, 1.0, 1.0])
-    assert damped_newton(hessian, gradient, 0.0) == pytest.approx([-0.5, 0.0, 10.0])
-    assert damped_newton(hessian, gradient, 1.0) == pytest.approx([-1 / 3, -1.0, -1 / 0.9])
-    exploded = damped_newton(hessian, gradient, 0.1001)
+    assert damped_newton(spectrum_of(hessian), gradient, 0.0) == pytest.approx([-0.5, 0.0, 10.0])
+    assert damped_newton(spectrum_of(hessian), gradient, 1.0) == pytest.approx(
+        [-1 / 3, -1.0, -1 / 0.9]
+    )
+    exploded = damped_newton(spectrum_of(hessian), gradient, 0.1001)
     assert np.linalg.norm(exploded) > 5000
-    assert np.linalg.norm(minimise_cubic(hessian, gradient, 1.0).point) < 4
-    assert not damped_newton(np.zeros((2, 2)), np.ones(2), 0.0).any()
+    assert np.linalg.norm(minimise_cubic(spectrum_of(hessian), gradient, 1.0).point) < 4
+    assert not damped_newton(spectrum_of(np.zeros((2, 2))), np.ones(2), 0.0).any()

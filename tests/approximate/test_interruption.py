@@ -10,9 +10,11 @@ import pytest
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from llm_unlearn import files
+from llm_unlearn.approximate.claim import LOCK_NAME
 from llm_unlearn.approximate.trainer import UnlearningTrainer
 from llm_unlearn.approximate.unlearn import make_method, unlearn
-from llm_unlearn.errors import UserError
+from llm_unlearn.errors import RunError, UserError
 from tests.approximate.known import LORA, arguments, forget_and_retain, knowing_model
 from tests.tiny import make_tiny_tokenizer
 
@@ -90,3 +92,52 @@ def test_another_scale_of_the_adapter_is_another_request(
     other.lora_alpha = 32
     with pytest.raises(UserError, match="another request"):
         run(tmp_path / "out", "npo", lora=other)
+
+
+def test_a_second_process_is_told_that_the_directory_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would remove what the first one works with, and their checkpoints would mix."""
+    original, told = UnlearningTrainer.training_step, []
+
+    def beside(self: Any, *given: Any, **named: Any) -> Any:
+        with (
+            pytest.raises(RunError, match="busy") as caught,
+            files.locked(work / LOCK_NAME, "looking", timeout=0),
+        ):
+            pass
+        told.append(caught)
+        return original(self, *given, **named)
+
+    work = tmp_path / "out" / "checkpoints"
+    interrupt(monkeypatch, tmp_path / "out", "npo")
+    before = sorted(path.name for path in work.iterdir())
+    with files.locked(work / LOCK_NAME, "the first"):
+        for flags in ({}, {"beta": 0.3}):  # the same request, and another
+            with pytest.raises(RunError, match="busy: another process is unlearning there"):
+                run(tmp_path / "out", "npo", **flags)
+    assert sorted(path.name for path in work.iterdir()) == before
+    monkeypatch.setattr(UnlearningTrainer, "training_step", beside)
+    run(tmp_path / "out", "npo")
+    assert told and not work.exists()
+
+
+def test_what_another_request_left_before_its_first_checkpoint_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "out" / "checkpoints"
+    work.mkdir(parents=True)
+    (work / "request.json").write_text("{}")
+    (work / "reference-forget.bin").write_text("of the other")
+    seen = []
+    original = UnlearningTrainer.training_step
+    monkeypatch.setattr(
+        UnlearningTrainer,
+        "training_step",
+        lambda self, *a, **k: (
+            seen.append({p.name for p in work.iterdir()}),
+            original(self, *a, **k),
+        )[1],
+    )
+    run(tmp_path / "out", "npo")
+    assert seen[0] == {"request.json", LOCK_NAME}

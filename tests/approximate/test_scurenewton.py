@@ -10,11 +10,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from llm_unlearn.approximate import newton_problem
+from llm_unlearn.approximate.claim import STEPS_NAME
 from llm_unlearn.approximate.cubic_newton import CubicNewton
 from llm_unlearn.approximate.curvature import loss_of
 from llm_unlearn.approximate.methods.scurenewton import SCureNewton, what_was_gained
 from llm_unlearn.approximate.newton_problem import NewtonProblem, Rows, Standing
-from llm_unlearn.approximate.newton_state import NAME
 from llm_unlearn.approximate.session import Session
 from llm_unlearn.approximate.subproblem import unit_noise
 from llm_unlearn.approximate.tuning import tune
@@ -93,7 +93,11 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(
         patch.setattr(CubicNewton, "step", break_off)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "parts", flags=FORGETTING, save_strategy="epoch")
-    assert (tmp_path / "parts" / "checkpoints" / NAME).exists() is (broken_at > 0)
+    state = tmp_path / "parts" / "checkpoints" / STEPS_NAME
+    assert state.exists() is (broken_at > 0)
+    if state.exists():
+        with pytest.raises(UserError, match="another request that was interrupted"):
+            run(tmp_path / "parts", flags={**FORGETTING, "inner_steps": 3}, save_strategy="epoch")
     monkeypatch.setattr(CubicNewton, "step", lambda self: (taken.append(1), original(self))[1])
     again = run(tmp_path / "parts", flags=FORGETTING, save_strategy="epoch")
     assert len(taken) == len(whole["history"]), "nothing was done twice"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,10 @@ from llm_unlearn.approximate.method import Card, Method, flag
 from llm_unlearn.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from llm_unlearn.approximate.newton_problem import NewtonProblem
+    from torch import Tensor
+
+    from llm_unlearn.approximate.curvature import Curvature
+    from llm_unlearn.approximate.newton_problem import DrawnLoss
     from llm_unlearn.approximate.session import Session
 
 CHECKS = ("double", "same", "none")
@@ -62,31 +66,43 @@ class DampedNewton(Method):
 
     def finish(self, session: Session) -> None:
         """Take the steps. Every process computes the same."""
-        from llm_unlearn.approximate.newton_problem import NewtonProblem, Rows
+        from llm_unlearn.approximate.newton_problem import DrawnLoss, Rows
 
         rows = Rows(gradient=self.gradient_rows, held_out=0, keep_graphs=self.keep_graphs)
-        problem = NewtonProblem(session, rows)
+        problem = DrawnLoss(session, rows)
         problem.check(self.check)
         for number in range(self.outer_steps):
             session.history.append({"step": number + 1, **self._step(problem, number)})
             if session.on_step is not None:
                 session.on_step(number + 1, self.outer_steps)
 
-    def _step(self, problem: NewtonProblem, number: int) -> dict[str, float]:
-        from llm_unlearn.approximate.subproblem import dense, lanczos
-
+    def _step(self, problem: DrawnLoss, number: int) -> dict[str, float]:
         local, start_D = problem.local(number), problem.weights()
-        if self.solver == "dense":
-            space = dense(local.product, local.gradient_D)
-        else:
-            space = lanczos(local.product, local.gradient_D, local.gradient_D, self.inner_steps)
-        delta_D = space.newton(self.damping)
+        delta_D = self._delta(local)
         problem.put(start_D + delta_D)
-        if not bool(delta_D.isfinite().all()):
-            raise RunError("the step was no number: nothing was written; raise --damping")
+        after = local.present_loss()
+        if not (math.isfinite(after) and bool(delta_D.isfinite().all())):
+            raise RunError(
+                f"after step {number + 1} the loss was no number: nothing was written; raise --damping"
+            )
         return {
             "loss": local.loss,
-            "change": local.present_loss() - local.loss,
+            "change": after - local.loss,
             "step_norm": float(delta_D.norm()),
             "products": local.products,
         }
+
+    def _delta(self, local: Curvature) -> Tensor:
+        from llm_unlearn.approximate.subproblem import dense, lanczos, start_vector
+
+        try:
+            if self.solver == "dense":
+                space = dense(local.product, local.gradient_D)
+            else:
+                start_D = start_vector(local.gradient_D, 0.0, 0)
+                space = lanczos(local.product, local.gradient_D, start_D, self.inner_steps)
+            return space.newton(self.damping)
+        except FloatingPointError:
+            raise RunError(
+                "the loss's gradient or curvature is no number: nothing was written"
+            ) from None

@@ -10,14 +10,10 @@ from llm_unlearn.approximate.method import Card, Method, flag, flags
 from llm_unlearn.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor, nn
 
     from llm_unlearn.approximate.session import Session
     from llm_unlearn.approximate.step import Step, Term
-
-START = "start.safetensors"
 
 
 @dataclass
@@ -34,8 +30,6 @@ class Reinforced(Method):
                 f"{config.method} first learns the forget set, so --keep, --stop_when and "
                 "--stop_samples would look at the wrong model: leave them out"
             )
-        if session.tuned.start is None:
-            _save_once(session, START)
 
     def terms(self, step: Step) -> list[Term]:
         side = step["forget"]
@@ -46,29 +40,15 @@ def start_values(session: Session) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Every trained tensor with its value before training, one after another."""
     from safetensors import safe_open
 
+    from llm_unlearn.approximate.session import START_NAME
+
     trainable, start = session.tuned.trainable, session.tuned.start
     if start is not None:
         yield from ((trainable[name], start[name]) for name in trainable)
         return
-    with safe_open(session.work / START, framework="pt") as stored:
+    with safe_open(session.work / START_NAME, framework="pt") as stored:
         for name, parameter in trainable.items():
             yield parameter, stored.get_tensor(name).to(parameter.device)
-
-
-def save_trained(session: Session, name: str) -> Path:
-    """The trained tensors as they are now, as a file in the session's work directory."""
-    return _save_once(session, name)
-
-
-def _save_once(session: Session, name: str) -> Path:
-    from accelerate import PartialState
-
-    state = PartialState()
-    if state.is_main_process:
-        session.work.mkdir(parents=True, exist_ok=True)
-        session.tuned.save(session.work / name)
-    state.wait_for_everyone()
-    return session.work / name
 
 
 def negated(start: Tensor, trained: Tensor, alpha: float) -> Tensor:

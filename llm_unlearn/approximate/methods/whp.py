@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.approximate.method import Card, flag
-from llm_unlearn.approximate.methods.task_vector import Reinforced, save_trained, start_values
+from llm_unlearn.approximate.methods.task_vector import Reinforced, start_values
 from llm_unlearn.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class WhosHarryPotter(Reinforced):
         """The weights that are written are those before; the reinforced ones go beside them."""
         import torch
 
-        session.extra_files[REINFORCED] = save_trained(session, REINFORCED)
+        session.extra_files[REINFORCED] = session.save_trained(REINFORCED)
         with torch.no_grad():
             for parameter, start in start_values(session):
                 parameter.copy_(start)
