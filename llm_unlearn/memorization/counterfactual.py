@@ -82,7 +82,7 @@ def run_counterfactual(
     for run in range(plan.runs):
         name = f"{PREFIX}{run:03d}"
         if name in held:
-            seconds += _check_same(tables.read(name), told)
+            seconds += _check_same(tables.read(name, "seconds"), told)
         else:
             is_in, start = plan.members(names, run), time.monotonic()
             chosen = [one for one, taken in zip(records, is_in, strict=True) if taken]
@@ -125,10 +125,20 @@ class Reference(NamedTuple):
     reliability: float
     seconds: float
 
+    def of(self, records: Sequence[str]) -> Floats:
+        """Memorization of some records by their pseudonyms; NaN for one that no run was asked about."""
+        known = dict(zip(self.records.tolist(), self.memorization.tolist(), strict=True))
+        return np.array([known.get(name, np.nan) for name in records], np.float64)
+
+
+def runs_of(tables: TableFolder) -> list[str]:
+    """Names of the tables that runs left."""
+    return [name for name in tables.names() if name.startswith(PREFIX)]
+
 
 def read_reference(tables: TableFolder, measure: str = "accuracy") -> Reference | None:
     """The reference of the runs that are there; None with fewer than two."""
-    found = [tables.read(name) for name in tables.names() if name.startswith(PREFIX)]
+    found = [tables.read(name, "is_in", measure, "seconds") for name in runs_of(tables)]
     if len(found) < 2:
         return None
     records = sorted(set.intersection(*(set(one.columns[RECORD].tolist()) for one in found)))
