@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from llm_unlearn import files
 from llm_unlearn.data.partition import PartitionKey
 from llm_unlearn.data.records import Record, canonical, digest
 from llm_unlearn.errors import RunError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 RECORD, SUBJECT = "record", "subject"
 SUFFIX = ".parquet"
@@ -45,9 +48,7 @@ class RecordTable:
         """Whether names are texts and everything else is numbers."""
         kinds = {name: values.dtype.kind for name, values in self.columns.items()}
         names = [kinds.pop(name) for name in (RECORD, SUBJECT) if name in kinds]
-        return all(values.ndim == 1 for values in self.columns.values()) and (
-            not len(self) or (set(names) == {"U"} and set(kinds.values()) <= set("biuf"))
-        )
+        return not len(self) or (set(names) == {"U"} and set(kinds.values()) <= set("biuf"))
 
     def where(self, chosen: np.ndarray) -> "RecordTable":
         """The rows that a mask chooses; the digest of the data is theirs."""
@@ -60,7 +61,7 @@ class RecordTable:
         keep = ~np.isin(self.columns[RECORD], doomed)
         if SUBJECT in self.columns:
             keep &= ~np.isin(self.columns[SUBJECT], doomed)
-        return self.where(keep)
+        return self if keep.all() else self.where(keep)
 
     def to_bytes(self) -> bytes:
         """The table as a parquet file."""
@@ -81,7 +82,7 @@ class RecordTable:
 
         try:
             table = parquet.read_table(pa.BufferReader(data))
-            columns = {name: np.asarray(table[name].to_pylist()) for name in table.column_names}
+            columns = {name: _numbers_or_texts(table[name]) for name in table.column_names}
             about = json.loads((table.schema.metadata or {})[_ABOUT])
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise RunError(f"it is no table of records ({type(error).__name__})") from None
@@ -89,6 +90,11 @@ class RecordTable:
         if RECORD not in columns or not isinstance(about, dict) or not told.holds_numbers():
             raise RunError("it is no table of records (other columns)")
         return told
+
+
+def _numbers_or_texts(column: "pa.ChunkedArray") -> np.ndarray:
+    values = column.to_numpy()
+    return values.astype(str) if values.dtype == object else values
 
 
 def data_digest(pseudonyms: np.ndarray) -> str:

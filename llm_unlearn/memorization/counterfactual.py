@@ -192,7 +192,10 @@ def _quantiles(drawn: Floats) -> tuple[Floats, Floats]:
 
 
 def reliability(is_in: NDArray[np.bool_], values: Floats) -> float:
-    """Mean over random halves of the runs of `2 r / (1 + r)`; NaN with fewer than four runs."""
+    """`2 r / (1 + r)` with r the mean correlation of random halves of the runs; NaN with fewer than four.
+
+    At r of 0 or less nothing is reliable, and r itself is told.
+    """
     runs = len(values)
     if runs < 4:
         return float("nan")
@@ -203,5 +206,6 @@ def reliability(is_in: NDArray[np.bool_], values: Floats) -> float:
         half[0, generator.permutation(runs)[: runs // 2]] = 1
         one, other = difference(is_in, values, half)[0], difference(is_in, values, 1 - half)[0]
         found.append(spearman(one, other, resamples=1).rho)
-    told = [2 * r / (1 + r) for r in found if r > -1]  # NaN is not
-    return float(np.mean(told)) if told else float("nan")
+    known = [r for r in found if r == r]
+    mean = float(np.mean(known)) if known else float("nan")
+    return 2 * mean / (1 + mean) if mean > 0 else mean
