@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from llm_unlearn import files
 from llm_unlearn.data.partition import PartitionKey
 from llm_unlearn.data.records import Record, canonical, digest
 from llm_unlearn.errors import RunError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 RECORD, SUBJECT = "record", "subject"
 SUFFIX = ".parquet"
@@ -41,6 +44,12 @@ class RecordTable:
     def __len__(self) -> int:
         return len(self.columns[RECORD])
 
+    def holds_numbers(self) -> bool:
+        """Whether names are texts and everything else is numbers."""
+        kinds = {name: values.dtype.kind for name, values in self.columns.items()}
+        names = [kinds.pop(name) for name in (RECORD, SUBJECT) if name in kinds]
+        return not len(self) or (set(names) == {"U"} and set(kinds.values()) <= set("biuf"))
+
     def where(self, chosen: np.ndarray) -> "RecordTable":
         """The rows that a mask chooses; the digest of the data is theirs."""
         columns = {name: values[chosen] for name, values in self.columns.items()}
@@ -52,7 +61,7 @@ class RecordTable:
         keep = ~np.isin(self.columns[RECORD], doomed)
         if SUBJECT in self.columns:
             keep &= ~np.isin(self.columns[SUBJECT], doomed)
-        return self.where(keep)
+        return self if keep.all() else self.where(keep)
 
     def to_bytes(self) -> bytes:
         """The table as a parquet file."""
@@ -73,12 +82,19 @@ class RecordTable:
 
         try:
             table = parquet.read_table(pa.BufferReader(data))
-            columns = {name: np.asarray(table[name].to_pylist()) for name in table.column_names}
+            columns = {name: _numbers_or_texts(table[name]) for name in table.column_names}
             about = json.loads((table.schema.metadata or {})[_ABOUT])
-            assert len(columns[RECORD]) == table.num_rows
-        except (pa.ArrowException, OSError, ValueError, KeyError, AssertionError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise RunError(f"it is no table of records ({type(error).__name__})") from None
-        return cls(columns, about)
+        told = cls(columns, about)
+        if RECORD not in columns or not isinstance(about, dict) or not told.holds_numbers():
+            raise RunError("it is no table of records (other columns)")
+        return told
+
+
+def _numbers_or_texts(column: "pa.ChunkedArray") -> np.ndarray:
+    values = column.to_numpy()
+    return values.astype(str) if values.dtype == object else values
 
 
 def data_digest(pseudonyms: np.ndarray) -> str:
@@ -112,32 +128,47 @@ class TableFolder:
         """The key of the pseudonyms, made when it is first asked for."""
         place = self.path / KEY_NAME
         if not place.exists():
-            self._make()
+            self.make()
             files.write_bytes(place, PartitionKey.random().secret)
         try:
             return PartitionKey(place.read_bytes())
         except ValueError as error:
             raise RunError(f"{place} is damaged ({error}): remove {self.path}") from None
 
-    def _make(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+    def make(self) -> None:
+        """The directory, open to its owner alone.
+
+        Raises:
+            RunError: something else is in its place.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise RunError(f"{self.path} is no directory: move it away") from None
         self.path.chmod(0o700)
 
     def names(self) -> list[str]:
         return sorted(path.stem for path in self.path.glob(f"[!.]*{SUFFIX}"))
 
-    def read(self, name: str) -> RecordTable:
-        """Raises RunError if the table is missing or damaged."""
+    def read(self, name: str, *needed: str) -> RecordTable:
+        """A table that has all columns (or entries of `about`) that are needed.
+
+        Raises:
+            RunError: it is missing or damaged, or lacks one.
+        """
         path = self.path / f"{name}{SUFFIX}"
         try:
-            return RecordTable.from_bytes(self._read(path))
+            table = RecordTable.from_bytes(self._read(path))
+            if lacking := set(needed) - {*table.columns, *table.about}:
+                raise RunError(f"it has no {min(lacking)!r}")
         except (OSError, RunError) as error:
             raise RunError(
                 f"{path} cannot be read ({error}): remove it, and measure again"
             ) from None
+        return table
 
     def write(self, name: str, table: RecordTable) -> None:
-        self._make()
+        self.make()
         self._write(self.path / f"{name}{SUFFIX}", table.to_bytes())
 
     def _read(self, path: Path) -> bytes:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "data": set(),
     "evaluation": {"data"},
-    "exact": {"data"},
+    "exact": {"data", "memorization"},
     "approximate": {"data"},
     "memorization": {"data"},
     "memorizing": {"data", "exact", "approximate", "memorization", "models", "unlearning"},

@@ -12,6 +12,7 @@ from llm_unlearn import files
 from llm_unlearn.approximate.session import Session
 from llm_unlearn.approximate.travelled import NOTHING, REPORT_NAME, Ledger
 from llm_unlearn.approximate.watch import Standing
+from llm_unlearn.record_tables import FOLDER
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def save_result(session: Session, output: Path, texts: Mapping[str, str] | None 
 def _clear(output: Path) -> None:
     """Remove what an earlier result there left and this one might not write over."""
     if (output / REPORT_NAME).exists():
-        for pattern in ("*.safetensors", "*config.json", "*.index.json", "wrapper.json"):
+        weights = ("*.safetensors", "*config.json", "*.index.json", "wrapper.json")
+        for pattern in (*weights, "refinement.json", f"{FOLDER}/*.parquet"):
             for path in output.glob(pattern):
                 path.unlink()

@@ -39,8 +39,10 @@ def memorization(  # noqa: PLR0913 - typer makes an option of every argument
 ) -> None:
     """Which records a run or model has memorized: scores, histogram, agreement with the reference."""
     from llm_unlearn.memorizing.findings import find_memorized, plot_histograms
+    from llm_unlearn.scoring import quiet
     from llm_unlearn.unlearning import read_source
 
+    quiet()
     with console.stages_progress(not as_json) as advance:
         found = find_memorized(
             target, scores or (), read_source(records) if records else None,
@@ -57,17 +59,18 @@ def memorization(  # noqa: PLR0913 - typer makes an option of every argument
 def _show(found: "Findings", most: int, show_text: bool) -> None:
     from rich.markup import escape
 
+    from llm_unlearn.memorizing.findings import in_words
+
     rows = []
     for line in found.lines:
-        numbers = [f"{value:.4g}" for value in (line.mean, line.low, line.middle, line.high)]
+        numbers = [_cell(value, 4) for value in (line.mean, line.low, line.middle, line.high)]
         rho = "–"
-        if line.agreement is not None:
+        if line.agreement is not None and line.agreement.rho == line.agreement.rho:
             rho = (
                 f"{line.agreement.rho:.2f} [{line.agreement.lower:.2f}, {line.agreement.upper:.2f}]"
             )
-        controlled = "–" if line.controlled is None else f"{line.controlled:.2f}"
         flat = "flat" if line.flat else ""
-        rows.append([line.name, *numbers, _cell(line.length), rho, controlled, flat])
+        rows.append([line.name, *numbers, _cell(line.length), rho, _cell(line.controlled), flat])
     console.print_table(
         escape(f"{found.label}: {len(found.records)} records, higher = more memorized"),
         ("score", "mean", "low third", "middle", "high third", "with length", "with reference",
@@ -75,12 +78,16 @@ def _show(found: "Findings", most: int, show_text: bool) -> None:
         rows,
     )  # fmt: skip
     if found.reference is not None:
-        best = max(found.reference.reliability, 0) ** 0.5
+        told = found.reference.reliability
+        reliable = "reliability not known (four runs or more tell)"
+        if told == told:
+            best = max(told, 0) ** 0.5
+            reliable = f"reliability {told:.2f} (a perfect score would reach about {best:.2f})"
         print(
-            f"reference: {found.reference.runs} runs, {found.reference.seconds:.0f} s, reliability "
-            f"{found.reference.reliability:.2f} (a perfect score would reach about {best:.2f})"
+            f"reference: {found.reference.runs} runs, {found.reference.seconds:.0f} s, {reliable}"
         )
-    print(f"\n{found.order}")
+    (sorts,) = [line for line in found.lines if line.name == found.order]
+    print(f"\n{found.order}: {in_words(sorts)}")
     for bar in found.bars():
         print(bar)
     listed = found.most(most, show_text)
@@ -93,7 +100,7 @@ def _show(found: "Findings", most: int, show_text: bool) -> None:
         console.warn(note)
 
 
-def _cell(value: object) -> str:
+def _cell(value: object, digits: int = 3) -> str:
     if value is None or value != value:
         return "–"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

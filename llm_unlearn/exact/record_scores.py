@@ -22,6 +22,7 @@ from llm_unlearn.exact.trie import Node
 from llm_unlearn.record_tables import FOLDER, SUFFIX, RecordTable, TableFolder, make_table
 
 KIND = "tables of per-record numbers"
+TRACKED = "tracked"
 is_of_node = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
@@ -42,6 +43,17 @@ class RunTables(TableFolder):
     def _write(self, path: Path, data: bytes) -> None:
         (seal,) = self.run.at_rest.seals()
         files.write_bytes(path, seal(path, data))
+
+
+def is_tracked(run: RunDirectory, begin: bool = False) -> bool:
+    """Whether trainings of the run are tracked: from the first that was asked to be, and rebuilds too.
+
+    The ledger says so and no configuration: nothing that decides bits depends on it.
+    """
+    known = bool(run.ledger.events(TRACKED))
+    if begin and not known:
+        run.ledger.append(TRACKED, {})
+    return known or begin
 
 
 def write_of_node(

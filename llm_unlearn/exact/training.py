@@ -33,6 +33,7 @@ from llm_unlearn.exact.settling import depths_served, settle
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.exact.trie import NUMERICS_VERSION, Node, ground_of, missing_nodes
 from llm_unlearn.exact.words import index_records
+from llm_unlearn.memorization.observations import Observations
 from llm_unlearn.observing import Observer
 
 
@@ -87,6 +88,7 @@ def train(
 
     Args:
         track: makes what watches a node; what it saw of the slice that the node adds is kept with the run.
+            A run that was tracked once always is, by `Observations`.
 
     Raises:
         RunError: another process trains this run, or the disk is full.
@@ -99,6 +101,8 @@ def train(
     lock: AbstractContextManager[None] = run.training() if state.is_main_process else nullcontext()
     with lock:
         reused = _from_main(lambda: _prepare(run, tokenizer, progress))
+        if _from_main(lambda: record_scores.is_tracked(run, begin=track is not None)):
+            track = track or Observations
         while (
             task := _from_main(lambda: _next_task(run, tokenizer, progress, counts["trained"]))
         ) is not None:

@@ -82,7 +82,7 @@ def run_counterfactual(
     for run in range(plan.runs):
         name = f"{PREFIX}{run:03d}"
         if name in held:
-            seconds += _check_same(tables.read(name), told)
+            seconds += _check_same(tables.read(name, "seconds"), told)
         else:
             is_in, start = plan.members(names, run), time.monotonic()
             chosen = [one for one, taken in zip(records, is_in, strict=True) if taken]
@@ -125,10 +125,20 @@ class Reference(NamedTuple):
     reliability: float
     seconds: float
 
+    def of(self, records: Sequence[str]) -> Floats:
+        """Memorization of some records by their pseudonyms; NaN for one that no run was asked about."""
+        known = dict(zip(self.records.tolist(), self.memorization.tolist(), strict=True))
+        return np.array([known.get(name, np.nan) for name in records], np.float64)
+
+
+def runs_of(tables: TableFolder) -> list[str]:
+    """Names of the tables that runs left."""
+    return [name for name in tables.names() if name.startswith(PREFIX)]
+
 
 def read_reference(tables: TableFolder, measure: str = "accuracy") -> Reference | None:
     """The reference of the runs that are there; None with fewer than two."""
-    found = [tables.read(name) for name in tables.names() if name.startswith(PREFIX)]
+    found = [tables.read(name, "is_in", measure, "seconds") for name in runs_of(tables)]
     if len(found) < 2:
         return None
     records = sorted(set.intersection(*(set(one.columns[RECORD].tolist()) for one in found)))
@@ -182,7 +192,10 @@ def _quantiles(drawn: Floats) -> tuple[Floats, Floats]:
 
 
 def reliability(is_in: NDArray[np.bool_], values: Floats) -> float:
-    """Mean over random halves of the runs of `2 r / (1 + r)`; NaN with fewer than four runs."""
+    """`2 r / (1 + r)` with r the mean correlation of random halves of the runs; NaN with fewer than four.
+
+    At r of 0 or less nothing is reliable, and r itself is told.
+    """
     runs = len(values)
     if runs < 4:
         return float("nan")
@@ -193,5 +206,6 @@ def reliability(is_in: NDArray[np.bool_], values: Floats) -> float:
         half[0, generator.permutation(runs)[: runs // 2]] = 1
         one, other = difference(is_in, values, half)[0], difference(is_in, values, 1 - half)[0]
         found.append(spearman(one, other, resamples=1).rho)
-    told = [2 * r / (1 + r) for r in found if r > -1]  # NaN is not
-    return float(np.mean(told)) if told else float("nan")
+    known = [r for r in found if r == r]
+    mean = float(np.mean(known)) if known else float("nan")
+    return 2 * mean / (1 + mean) if mean > 0 else mean

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_unlearn.data.encoding import Example
+from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
 from llm_unlearn.memorization.orientation import Floats
 from llm_unlearn.memorization.probing import (
@@ -52,21 +53,25 @@ def holdout_retraining(
 
     The model comes back bit for bit as it was. Without an adapter of its own it gets a fresh one meanwhile.
 
-    Raises:
-        UserError: there is no held-out text, or a held-out text is among the records.
+    Args:
+        holdout: what `check_holdout` has nothing against.
     """
-    if not holdout:
-        raise UserError("holdout retraining needs held-out records: give --holdout")
-    known = {tuple(one.input_ids) for one in examples}
-    if both := sum(tuple(one.input_ids) in known for one in holdout):
-        raise UserError(
-            f"{both} held-out records are among those that are scored: what was trained on is not held "
-            "out; take them out of --holdout"
-        )
     with _adapted(model) as (tuned, factors), evaluating(tuned), _put_back(factors) as start:
         _train(tuned, factors, holdout, pad_token_id, options or Retraining())
         moved = [factor.detach().clone() for factor in factors]
         return _divergences(tuned, factors, (start, moved), examples, pad_token_id, advance)
+
+
+def check_holdout(records: Sequence[Record], holdout: Sequence[Record]) -> None:
+    """Raises UserError if there is no held-out text, or one of them is among the records."""
+    if not holdout:
+        raise UserError("holdout retraining needs held-out records: give --holdout")
+    known = {tuple(record.texts()) for record in records}
+    if both := sum(tuple(record.texts()) in known for record in holdout):
+        raise UserError(
+            f"{both} held-out records are among those that are scored: what was trained on is not held "
+            "out; take them out of --holdout"
+        )
 
 
 @contextmanager

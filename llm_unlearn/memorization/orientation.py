@@ -25,12 +25,12 @@ class Score(NamedTuple):
 # A record that training finds hard for long, and still gets right in the end, is memorised: so the
 # means over training are low where memorization is high (arXiv 2410.16516, table 1).
 LEARNING: dict[str, Score] = {
-    "confidence": Score(-1, "geometric mean probability of the labels, over training"),
-    "max_confidence": Score(-1, "mean probability of the likeliest token, over training"),
-    "entropy": Score(+1, "mean entropy of the next token (nats), over training"),
-    "accuracy": Score(-1, "share of the labels that are the likeliest token, over training"),
+    "confidence": Score(-1, "geometric mean probability of the labels"),
+    "max_confidence": Score(-1, "mean probability of the likeliest token"),
+    "entropy": Score(+1, "mean entropy of the next token (nats)"),
+    "accuracy": Score(-1, "share of the labels that are the likeliest token"),
     "strict_accuracy": Score(-1, "share of the epochs with every label right; ties by confidence"),
-    "el2n": Score(+1, "mean distance from the labels, in the first fifth of training"),
+    "el2n": Score(+1, "mean distance from the labels, early in training"),
 }
 AFTERWARDS: dict[str, Score] = {
     "curvature": Score(+1, "change of the loss's gradient in the input over a small step"),

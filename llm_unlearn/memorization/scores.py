@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from llm_unlearn.memorization.learning_events import ROW_VALUES
 from llm_unlearn.memorization.orientation import LEARNING, Floats, oriented
 
+TIE = 1e-6  # of the smallest difference: ties are broken, and flat stays flat
+DECIMALS = 12
 EARLY = 0.2  # of the epochs, at least one: EL2N tells hard records before all are learnt
 
 
@@ -42,7 +44,8 @@ def learning_scores(columns: Mapping[str, NDArray[Any]], count: int) -> dict[str
     }
     if "el2n" in columns:
         raw["el2n"] = means_by_record(index, columns["el2n"], count, is_early(columns))
-    found = {name: oriented(name, values) for name, values in raw.items()}
+    # Sums of the same numbers in another order are the same score, and a tie.
+    found = {name: np.round(oriented(name, values), DECIMALS) for name, values in raw.items()}
     if "strict_accuracy" in found and "confidence" in found:
         found["strict_accuracy"] = with_ties_broken(found["strict_accuracy"], found["confidence"])
     return {name: found[name] for name in LEARNING if name in found}
@@ -62,7 +65,7 @@ def is_early(columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
 
 
 def with_ties_broken(values: Floats, by: Floats) -> Floats:
-    """The same values, pulled apart by less than their smallest difference where they are equal.
+    """The same values, pulled apart by next to nothing where they are equal.
 
     Within equal values the order is that of `by`; between others it does not change.
     """
@@ -74,5 +77,5 @@ def with_ties_broken(values: Floats, by: Floats) -> Floats:
     place = np.empty(len(known))
     place[np.argsort(by[known], kind="stable")] = np.arange(len(known))
     told = values.copy()
-    told[known] += 0.5 * smallest * place / len(known)
+    told[known] += TIE * smallest * place / len(known)
     return told

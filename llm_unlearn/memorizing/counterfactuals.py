@@ -14,10 +14,12 @@ from llm_unlearn.memorization.counterfactual import (
     Outcome,
     Subsampling,
     run_counterfactual,
+    runs_of,
 )
 from llm_unlearn.memorization.probing import probe
 from llm_unlearn.memorizing.scoring import pad_of
 from llm_unlearn.memorizing.targets import RunTarget, Target
+from llm_unlearn.record_tables import RECORD
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -97,7 +99,8 @@ def of_run(
     What is trained is one ordinary LoRA on all records, since a node's data is not what is asked about.
 
     Raises:
-        UserError: records were deleted since runs that are there; they are no reference for what is left.
+        UserError: runs that are there were not asked about records that came since (a correction).
+        RunError: a deletion came meanwhile; the runs that are finished are kept, without its rows.
     """
     from llm_unlearn.exact.base_model import load_base_of
 
@@ -110,8 +113,8 @@ def of_run(
 
 def _check_complete(target: Target) -> None:
     held = set(target.pseudonyms())
-    for name in target.tables.names():
-        if name.startswith(PREFIX) and set(target.tables.read(name).columns["record"]) != held:
+    for name in runs_of(target.tables):
+        if set(target.tables.read(name).columns[RECORD]) != held:
             raise UserError(
                 f"{target.path / 'memorization'} holds counterfactual runs on other records than there are now: "
                 f"remove {PREFIX}*.parquet there, and they are trained on what is left"

@@ -1,17 +1,24 @@
 """What a person is shown: a line for each score, its histogram, and the most memorised records."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
 from llm_unlearn.memorization.agreement import Agreement, partial_spearman, spearman
 from llm_unlearn.memorization.controls import within_length
-from llm_unlearn.memorization.counterfactual import Reference, Subsampling, read_reference
+from llm_unlearn.memorization.counterfactual import (
+    Reference,
+    Subsampling,
+    read_reference,
+    runs_of,
+)
 from llm_unlearn.memorization.orientation import SCORES, Floats
 from llm_unlearn.memorization.refinement import refine
 from llm_unlearn.memorizing.scoring import Advance, Scored, score
@@ -84,17 +91,19 @@ class Findings:
 
     def histogram(self) -> tuple[list[int], list[float]]:
         """Counts and edges of the score that `most` is sorted by."""
-        values = self.scored.scores[self.order]
-        counts, edges = np.histogram(values[~np.isnan(values)], bins=BINS)
+        counts, edges = counted(self.scored.scores[self.order], BINS)
         return counts.tolist(), edges.tolist()
 
     def bars(self) -> list[str]:
         """The histogram for a terminal."""
         counts, edges = self.histogram()
         most = max(max(counts), 1)
+        decimals = max(0, 1 - math.floor(math.log10(edges[1] - edges[0])))
+        told = [f"{edge:.{decimals}f}" for edge in edges]
+        width = max(map(len, told))
         return [
-            f"{low:>10.3g} to {high:<10.3g} {'█' * round(WIDTH * count / most):<{WIDTH}} {count}"
-            for low, high, count in zip(edges, edges[1:], counts, strict=False)
+            f"{low:>{width}} to {high:>{width}}  {'█' * round(WIDTH * count / most):<{WIDTH}} {count}"
+            for low, high, count in zip(told, told[1:], counts, strict=False)
         ]
 
     def to_dict(self, count: int = MOST, show_text: bool = False) -> dict[str, Any]:
@@ -148,20 +157,33 @@ def find_memorized(
                 "memorizing.counterfactuals.measure_counterfactual do"
             )
         of_run(target, Subsampling(counterfactual), lambda d, t: advance("counterfactual", d, t))
-    return findings_of(target, score(target, wanted, holdout, advance))
+    if "counterfactual" in wanted and len(runs_of(target.tables)) < 2:
+        raise UserError(f"{path} has no counterfactual runs: --counterfactual 16 trains them")
+    scored = score(target, wanted, holdout, advance)
+    return findings_of(target, scored, wanted[0] if wanted else None)
 
 
-def findings_of(target: Target, scored: Scored) -> Findings:
-    """What scores say, beside the reference where there is one."""
+def findings_of(target: Target, scored: Scored, order: str | None = None) -> Findings:
+    """What scores say, beside the reference where there is one.
+
+    Args:
+        order: the score that sorts; the first by default.
+
+    Raises:
+        UserError: no record has one of the scores.
+    """
     names, reference = target.pseudonyms(), read_reference(target.tables)
-    if reference is not None:
-        place = {name: number for number, name in enumerate(reference.records.tolist())}
-        at = [place.get(name) for name in names]
-        known = [np.nan if one is None else reference.memorization[one] for one in at]
-        truth = np.array(known)
-        scored.scores.setdefault("counterfactual", truth)
-    else:
+    truth, notes = None if reference is None else reference.of(names), list(scored.notes)
+    if truth is not None and np.isnan(truth).all():
         truth = None
+        notes.append(
+            "counterfactual: each record was in all runs or in none, so it takes more runs"
+        )
+    if truth is not None:
+        scored.scores["counterfactual"] = truth
+    for name, values in scored.scores.items():
+        if unknown := int(np.isnan(values).sum()):
+            notes.append(f"{name}: {unknown} of {len(names)} records have none")
     controls = [scored.tokens]
     if scored.base_confidence is not None:
         controls.append(scored.base_confidence)
@@ -169,10 +191,11 @@ def findings_of(target: Target, scored: Scored) -> Findings:
         line_of(name, values, scored.tokens, truth, controls)
         for name, values in scored.scores.items()
     ]
-    order = next(iter(scored.scores))
+    if order not in scored.scores:
+        order = next(iter(scored.scores))
     ranks = within_length(scored.scores[order], scored.tokens)
     return Findings(
-        target.label, target.records, names, scored, lines, order, ranks, reference, scored.notes
+        target.label, target.records, names, scored, lines, order, ranks, reference, notes
     )
 
 
@@ -206,6 +229,12 @@ def why_flat(values: Floats) -> str | None:
     return None
 
 
+def counted(values: Floats, bins: int) -> tuple[NDArray[np.intp], Floats]:
+    """Counts and edges, in single precision as it was measured: no bin is narrower than a rounding error."""
+    told = values[~np.isnan(values)].astype(np.float32).astype(np.float64)
+    return np.histogram(told, bins=bins)
+
+
 def plot_histograms(findings: Findings, path: Path) -> None:
     """A histogram of every score, as PNG.
 
@@ -213,22 +242,39 @@ def plot_histograms(findings: Findings, path: Path) -> None:
         UserError: the file cannot be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
 
-    scores = findings.scored.scores
-    columns = min(3, len(scores))
-    rows = -(-len(scores) // columns)
-    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
-    for axis, (name, values) in zip(axes, scores.items(), strict=False):
-        axis.hist(values[~np.isnan(values)], bins=24, color="#4477aa")
-        axis.set_title(f"{name} (right: more memorised)", fontsize=9)
-        axis.set_ylabel("records")
-    for axis in axes[len(scores) :]:
+    columns = min(3, len(findings.lines))
+    rows = -(-len(findings.lines) // columns)
+    layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows + 0.4), layout=layout)
+    title = f"{findings.label}: {len(findings.records)} records, further right = more memorized"
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left", parse_math=False)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, line in zip(axes, findings.lines, strict=False):
+        counts, edges = counted(findings.scored.scores[line.name], 2 * BINS)
+        axis.stairs(counts, edges, fill=True, color="#bbbbbb" if line.flat else "#4477aa")
+        flat = "  (flat)" if line.flat else ""
+        axis.set_title(line.name + flat, fontsize=10, loc="left", weight="bold")
+        axis.set_xlabel(in_words(line), fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    for axis in axes[::columns]:
+        axis.set_ylabel("records", fontsize=8)
+    for axis in axes[len(findings.lines) :]:
         axis.remove()
     try:
         figure.savefig(path, format="png", dpi=150)
     except OSError as error:
         raise UserError(f"cannot write --plot {path}: {error.strerror}") from None
+
+
+def in_words(line: Line) -> str:
+    """What a score's values are."""
+    return ("minus " if SCORES[line.name].sign < 0 else "") + line.what
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from llm_unlearn.data.records import Record
 from llm_unlearn.errors import UserError
 from llm_unlearn.memorization.counterfactual import read_reference
-from llm_unlearn.memorization.orientation import Floats
+from llm_unlearn.memorization.orientation import REFERENCE, Floats
 from llm_unlearn.memorizing.refine_arguments import RefineArguments
 from llm_unlearn.memorizing.refining import Stage, make_plan, unlearn_refined
 from llm_unlearn.memorizing.scoring import observed, score
@@ -47,6 +47,7 @@ def answer_refined(
     *parts, whole = stages
     config = whole.config
     assert config is not None
+    _check_flags(arguments)
     source, output = str(model_arguments.model_name_or_path), Path(str(config.output_dir))
     check_output(output, [source, arguments.adapter or source])
 
@@ -57,12 +58,34 @@ def answer_refined(
 
     place = refinement.scores_of or arguments.run or arguments.adapter or source
     say(f"scores: {refinement.refine}")
-    scores = forget_scores(refinement, Path(place), request.forget, load, config)
+    scores = _of_main(forget_scores(refinement, Path(place), request.forget, load, config))
     chosen = [whole] if refinement.refine_control == "vanilla" else parts
     plan = make_plan(refinement, scores, chosen, config)
     return unlearn_refined(
         plan, chosen, request.forget, request.retain, load, output, lora_of(model_arguments), say
     )
+
+
+def _of_main(scores: Floats) -> Floats:
+    """The main process's: last bits may differ, and all must part the records alike."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    box = [scores]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(box)
+    return box[0]
+
+
+def _check_flags(arguments: RequestArguments) -> None:
+    """What a chain of trainings does not do is refused, and not left out in silence."""
+    asked = {
+        "--track_memorization": arguments.track_memorization,
+        "--eval_suite": arguments.eval_suite,
+        "--encoder": arguments.encoder,
+    }
+    if refused := [flag for flag, value in asked.items() if value]:
+        raise UserError(f"--refine goes without {refused[0]}: leave it out")
 
 
 def forget_scores(
@@ -82,16 +105,20 @@ def forget_scores(
     target = RunTarget(run) if run else Target(place, named_by_content(forget))
     wanted = forget if run else target.records
     seen = observed(target)
-    if target.tables.names() and (reference := read_reference(target.tables)):
-        known = dict(zip(reference.records.tolist(), reference.memorization, strict=True))
-        seen["counterfactual"] = np.array([known.get(one, np.nan) for one in target.pseudonyms()])
+    if reference := read_reference(target.tables):
+        seen["counterfactual"] = reference.of(target.pseudonyms())
     if name in seen:
         number = {record.id: place for place, record in enumerate(target.records)}
         at = [number.get(record.id) for record in wanted]
         return np.array([np.nan if one is None else seen[name][one] for one in at])
-    if name == "counterfactual":
+    if name in REFERENCE:
         raise UserError(
             f"{place} has no counterfactual runs: see `llm-unlearn memorization --help`"
+        )
+    if refinement.scores_of:
+        raise UserError(
+            f"--scores_of {place} knows no {name} of these records: name a model or run whose training "
+            "was tracked, or leave it out, and they are measured on the model"
         )
     model, tokenizer = load(None)
     loaded = LoadedTarget(model.to(config.device), tokenizer, named_by_content(forget))

@@ -1,6 +1,7 @@
 """Scores of records: what training showed of them, and what a model shows when it is asked."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,15 @@ from numpy.typing import NDArray
 
 from llm_unlearn.data.records import Record, digest
 from llm_unlearn.errors import UserError
+from llm_unlearn.exact.record_scores import is_of_node
+from llm_unlearn.memorization.holdout_retraining import check_holdout
 from llm_unlearn.memorization.orientation import LEARNING, REFERENCE, SCORES, Floats, oriented
-from llm_unlearn.memorization.scores import learning_scores, with_ties_broken
+from llm_unlearn.memorization.scores import learning_scores, means_by_record, with_ties_broken
 from llm_unlearn.memorizing.targets import Target, named_by_content
 from llm_unlearn.record_tables import (
     FOLDER,
     RECORD,
     SUBJECT,
-    RecordTable,
     TableFolder,
     make_table,
 )
@@ -54,30 +56,29 @@ def keep_observations(
     tables.write(TRAINING, make_table(tables.key, rows, seen, about))
 
 
-def trainings(target: Target) -> Iterator[RecordTable]:
-    """What each tracked training saw."""
-    for name in target.tables.names():
-        table = target.tables.read(name)
-        if table.about.get("kind") == TRAINING:
-            yield table
-
-
-def observed(target: Target) -> dict[str, Floats]:
-    """Oriented learning scores of a target's records from all its tracked trainings, by name."""
-    if not target.tables.names():
-        return {}
-    number = {name: place for place, name in enumerate(target.pseudonyms())}
+def seen_in_training(target: Target) -> dict[str, NDArray[Any]]:
+    """What all tracked trainings of a target saw of its records, as an observation's columns; {} without."""
+    names = [name for name in target.tables.names() if name == TRAINING or is_of_node(name)]
+    number = {name: place for place, name in enumerate(target.pseudonyms() if names else ())}
     parts: list[dict[str, NDArray[Any]]] = []
-    for table in trainings(target):
+    for name in names:
+        table = target.tables.read(name, "epoch", "tokens")
         known = table.where(np.array([one in number for one in table.columns[RECORD]], bool))
         index = np.array([number[one] for one in known.columns[RECORD]], np.int64)
         run = np.full(len(index), len(parts))
         parts.append({**known.columns, "index": index, "run": run})
-    names = set.intersection(*(set(part) for part in parts)) if parts else set()
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
-    if not parts or not len(columns["index"]):
-        return {}
-    found = learning_scores(columns, len(number))
+    common = set.intersection(*(set(part) for part in parts)) if parts else set()
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in common}
+    return columns if parts and len(columns["index"]) else {}
+
+
+def observed(target: Target) -> dict[str, Floats]:
+    """Oriented learning scores of a target's records from all its tracked trainings, by name."""
+    return _learnt(target, seen_in_training(target))
+
+
+def _learnt(target: Target, seen: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
+    found = learning_scores(seen, len(target.records)) if seen else {}
     return {name: values for name, values in found.items() if not np.isnan(values).all()}
 
 
@@ -113,12 +114,14 @@ def score(
     """
     if unknown := set(wanted) - set(SCORES):
         raise UserError(f"unknown score {min(unknown)!r}: one of {', '.join(SCORES)}")
-    seen = observed(target)
+    if "holdout" in wanted:
+        check_holdout(target.records, holdout)
+    columns = seen_in_training(target)
+    seen = _learnt(target, columns)
     names = [name for name in wanted if name not in REFERENCE] or list(seen) or list(LEARNING)
     missing = [name for name in names if name not in seen]
-    count = len(target.records)
     if not missing:
-        tokens = _tokens(target)
+        tokens = means_by_record(columns["index"], columns["tokens"], len(target.records))
         return Scored({name: seen[name] for name in names}, tokens)
     measured = _measured(target, missing, holdout, advance)
     scores = {name: seen[name] for name in names if name in seen}
@@ -126,65 +129,71 @@ def score(
     if "strict_accuracy" in missing:
         by = oriented("confidence", measured["confidence"])
         scores["strict_accuracy"] = with_ties_broken(scores["strict_accuracy"], by)
-    late = [name for name in missing if name in LEARNING]
-    notes = (
-        [
+    notes = []
+    if late := [name for name in missing if name in LEARNING]:
+        notes.append(
             f"{', '.join(late)}: of the finished model, since no training with --track_memorization is known; "
             "means over training rank records better"
-        ]
-        if late
-        else []
-    )
+        )
     base = measured.get("base_confidence")
-    assert all(len(values) == count for values in scores.values())
     return Scored({name: scores[name] for name in names}, measured["tokens"], base, notes)
-
-
-def _tokens(target: Target) -> Floats:
-    """Supervised tokens as training counted them."""
-    number = {name: place for place, name in enumerate(target.pseudonyms())}
-    found = np.full(len(number), np.nan)
-    for table in trainings(target):
-        for one, tokens in zip(table.columns[RECORD], table.columns["tokens"], strict=True):
-            if one in number:
-                found[number[one]] = tokens
-    return found
 
 
 def _measured(
     target: Target, names: Sequence[str], holdout: Sequence[Record], advance: Advance
 ) -> dict[str, Floats]:
     """Raw values, of an earlier call with the same model where they are there."""
-    about = {"kind": MEASURED, **target.about(), "holdout": digest([r.content for r in holdout])}
-    held: dict[str, Floats] = {}
-    if MEASURED in target.tables.names():
-        table = target.tables.read(MEASURED)
-        same = all(table.about.get(name) == value for name, value in about.items())
-        if same and table.columns[RECORD].tolist() == target.pseudonyms():
-            held = {name: table.columns[name] for name in table.columns}
+    about = {"kind": MEASURED, **target.about()}
+    held = _held(target, about)
+    if "holdout" in names:
+        told = digest([record.content for record in holdout])
+        if about.get("holdout") != told:
+            held.pop("holdout", None)
+        about["holdout"] = told
     if set(names) <= held.keys():
         return held
-    count = len(target.records)
-    found: dict[str, Floats] = {}
+    index: list[int] = []
+    done: Counter[str] = Counter()
+    parts: dict[str, list[Floats]] = defaultdict(list)
     for model, tokenizer, numbers in target.groups():
-        asked = _Asking(target, model, tokenizer, [target.records[n] for n in numbers], advance)
+        asked = _Asking(
+            target, model, tokenizer, [target.records[n] for n in numbers], advance, done
+        )
+        index += numbers
         for name, values in asked.measure(names, holdout).items():
-            found.setdefault(name, np.full(count, np.nan))[numbers] = values
-    extra = {name: values for name, values in held.items() if name not in (RECORD, SUBJECT)}
-    found = {**extra, **found}
+            parts[name].append(values)
+    place, count = np.array(index), len(target.records)
+    found = {
+        name: means_by_record(place, np.concatenate(values), count)
+        for name, values in parts.items()
+    }
+    found = {**held, **found}
     target.keep(MEASURED, found, about)
     return found
 
 
+def _held(target: Target, about: dict[str, Any]) -> dict[str, Floats]:
+    """What was measured of the same model and records; `about` learns of which held-out text."""
+    if MEASURED not in target.tables.names():
+        return {}
+    table = target.tables.read(MEASURED, "tokens", "confidence")
+    same = all(table.about.get(name) == value for name, value in about.items())
+    if not same or table.columns[RECORD].tolist() != target.pseudonyms():
+        return {}
+    about["holdout"] = table.about.get("holdout")
+    return {name: table.columns[name] for name in table.columns if name not in (RECORD, SUBJECT)}
+
+
 @dataclass(frozen=True)
 class _Asking:
-    """One model and the records that it is asked about."""
+    """One model and the records that it is asked about; `done` counts those of all models."""
 
     target: Target
     model: Any
     tokenizer: Any
     records: list[Record]
     advance: Advance
+    done: Counter[str]
 
     def encode(self, records: Sequence[Record]) -> list[Any]:
         from llm_unlearn.data.encoding import check_lengths, encode
@@ -220,12 +229,9 @@ class _Asking:
         return found
 
     def _say(self, what: str) -> Callable[[int], None]:
-        done = 0
-
         def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            self.advance(what, done, len(self.records))
+            self.done[what] += count
+            self.advance(what, self.done[what], len(self.target.records))
 
         return advance
 

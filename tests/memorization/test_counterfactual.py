@@ -11,6 +11,7 @@ from llm_unlearn.memorization.counterfactual import (
     Subsampling,
     estimate,
     read_reference,
+    reliability,
     run_counterfactual,
 )
 from llm_unlearn.record_tables import TableFolder
@@ -100,3 +101,13 @@ def test_runs_of_another_model_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="differ in plan"):
         run_counterfactual(tables, RECORDS, train, Subsampling(2, 0.5), {"base": "one"})
     assert read_reference(TableFolder(tmp_path / "nowhere")) is None
+
+
+def test_the_reliability_of_noise_is_a_correlation() -> None:
+    found = []
+    for seed in range(30):
+        generator = np.random.default_rng(seed)
+        is_in, values = generator.random((4, 20)) < 0.5, generator.random((4, 20))
+        found.append(reliability(is_in, values))
+    known = [one for one in found if one == one]
+    assert len(known) > 10 and all(-1 <= one <= 1 for one in known)

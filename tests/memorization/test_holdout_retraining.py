@@ -11,10 +11,11 @@ from llm_unlearn.data.encoding import Example
 from llm_unlearn.errors import UserError
 from llm_unlearn.memorization.holdout_retraining import (
     Retraining,
+    check_holdout,
     holdout_retraining,
     symmetric_divergence,
 )
-from tests.tiny import load_tiny
+from tests.tiny import load_tiny, tiny_records
 
 RECORDS = [Example(f"r{n}", [5 + n, 6, 7, 8], [-100, 6, 7, 8], False) for n in range(6)]
 HELD = [Example(f"h{n}", [40 + n, 41, 42], [-100, 41, 42], False) for n in range(6)]
@@ -52,9 +53,10 @@ def test_what_is_like_the_held_out_text_moves_more_than_at_no_rate(tiny_base: Pa
     assert still == pytest.approx(np.zeros(6), abs=1e-9)
 
 
-def test_records_are_not_held_out(tiny_base: Path) -> None:
-    model, _ = load_tiny(tiny_base)
+def test_records_are_not_held_out() -> None:
+    records, held = tiny_records(2), tiny_records(4)
     with pytest.raises(UserError, match="give --holdout"):
-        holdout_retraining(model, RECORDS, [], 0)
-    with pytest.raises(UserError, match="1 held-out records are among those"):
-        holdout_retraining(model, RECORDS, [*HELD, RECORDS[0]], 0)
+        check_holdout(records, [])
+    with pytest.raises(UserError, match="4 held-out records are among those"):
+        check_holdout(records, held)
+    check_holdout(records, held[4:])

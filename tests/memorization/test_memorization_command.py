@@ -1,6 +1,7 @@
 """`llm-unlearn memorization` as a person and a machine see it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 from llm_unlearn.exact.record_scores import RunTables
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.memorization.observations import Observations
-from llm_unlearn.record_tables import make_table
+from llm_unlearn.memorizing.findings import Findings, findings_of, plot_histograms
+from llm_unlearn.memorizing.scoring import Scored
+from llm_unlearn.memorizing.targets import LoadedTarget
+from llm_unlearn.record_tables import TableFolder, make_table
 from tests.test_cli import Say, in_json, one_line, say
-from tests.tiny import load_tiny, make_rows, make_run
+from tests.tiny import load_tiny, make_rows, make_run, tiny_records
 
 __all__ = ["say"]  # a fixture
 LEARNT = ["confidence", "entropy", "accuracy", "strict_accuracy", "el2n"]
@@ -113,3 +117,86 @@ def test_mistakes_are_one_line(say: Say, tracked: Path, tmp_path: Path, tiny_bas
     assert "unknown score 'loss'" in unknown
     both = one_line(say("memorization", tracked, "--records", "x.jsonl"), 2)
     assert "x.jsonl" in both or "leave --records out" in both
+    assert "no counterfactual runs" in one_line(
+        say("memorization", tracked, "--scores", "counterfactual"), 2
+    )
+    few = one_line(say("memorization", tracked, "--counterfactual", 1), 2)
+    assert "two runs or more" in few
+    part = one_line(say("memorization", tracked / "served" / "shard-0"), 2)
+    assert "is a part of the run" in part and not list((tracked / "served").rglob("*.parquet"))
+    held = ("memorization", tracked, "--scores", "holdout")
+    assert "give --holdout" in one_line(say(*held), 2)
+    nowhere = say("memorization", tracked, "--plot", tmp_path / "nowhere" / "plot.png")
+    assert "cannot write --plot" in one_line(nowhere, 2)
+
+
+@pytest.mark.parametrize("name", ["scores", "counterfactual-000", "node"])
+@pytest.mark.parametrize("is_garbage", [True, False], ids=["garbage", "other columns"])
+def test_a_spoilt_table_is_one_line(
+    name: str, is_garbage: bool, say: Say, tracked: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(tracked, path, symlinks=True)
+    run = S3TRun.open(path)
+    tables, records = RunTables(run.directory), tiny_records()
+    name = next(iter(run.directory.nodes.keys())) if name == "node" else name
+    tables.write(name, make_table(run.directory.key, records, {}, {}))
+    if is_garbage:
+        (path / "memorization" / f"{name}.parquet").write_bytes(b"garbage")
+    said = one_line(say("memorization", path, "--scores", "confidence", "--scores", "gain"), 1)
+    assert f"{name}.parquet cannot be read" in said and "measure again" in said
+
+
+def test_a_model_and_its_records(say: Say, tiny_base: Path, tmp_path: Path) -> None:
+    model, records = tmp_path / "model", tmp_path / "records.jsonl"
+    shutil.copytree(tiny_base, model)
+    records.write_text(json.dumps({"text": "A single record"}))
+    code, text, error = say("memorization", model, "--records", records)
+    assert code == 0 and "nan" not in text and "1 records" in text and "of the finished" in error
+    told = in_json(say("memorization", model, "--records", records, "--json"))
+    assert told["records"] == 1 and told["scores"][0]["middle"] is None
+    shutil.rmtree(model / "memorization")
+    (model / "memorization").write_text("in the way")
+    one_line(say("memorization", model, "--records", records), 1)
+
+
+def test_values_that_differ_by_a_rounding_have_a_histogram(tmp_path: Path) -> None:
+    values = np.array([-1.0, -1.0 + 2e-16, -1.0])
+    records = tiny_records()[:3]
+    target = LoadedTarget(None, None, records)
+    target.tables = TableFolder(tmp_path / "memorization")
+    found = findings_of(target, Scored({"accuracy": values}, np.ones(3)))
+    assert sum(found.histogram()[0]) == 3 and len(found.bars()) == 12
+    plot_histograms(found, tmp_path / "plot.png")
+
+
+def test_close_values_have_labels_of_their_own() -> None:
+    values = np.linspace(0.99900, 0.99901, 24)
+    found = Findings("run", [], [], Scored({"gain": values}, values), [], "gain", values, None)
+    labels = [bar.split("  ")[0] for bar in found.bars()]
+    assert len(set(labels)) == 12
+
+
+def test_two_runs_tell_little_and_the_named_score_sorts(
+    say: Say, tracked: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(tracked, path, symlinks=True)
+    directory = S3TRun.open(path).directory
+    records, tables = tiny_records(), RunTables(directory)
+
+    def write(is_in: list[bool]) -> None:
+        for number, one in enumerate(is_in):
+            value = np.linspace(0, 1, len(records)) if one else np.zeros(len(records))
+            columns = {"is_in": np.full(len(records), one), "accuracy": value}
+            made = make_table(directory.key, records, columns, {"seconds": 1.0})
+            tables.write(f"counterfactual-{number:03d}", made)
+
+    write([True, True])
+    code, text, error = say("memorization", path)
+    assert code == 0 and "in all runs or in none" in error and "nan" not in text
+    write([True, False])
+    told = in_json(say("memorization", path, "--scores", "counterfactual", "--json"))
+    assert told["sorted_by"] == "counterfactual"
+    assert told["most_memorized"][0]["counterfactual"] == 1.0
+    assert "nan" not in say("memorization", path)[1]

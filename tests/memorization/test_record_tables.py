@@ -2,6 +2,7 @@
 
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,3 +75,36 @@ def test_a_strangers_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "scores.parquet").write_bytes(cut[: len(cut) // 2])
     with pytest.raises(RunError, match="cannot be read"):
         TableFolder(tmp_path).read("scores")
+
+
+@pytest.mark.parametrize(
+    ("columns", "about"),
+    [
+        ({"record": ["a"]}, b"[]"),
+        ({"record": [1]}, b"{}"),
+        ({"record": ["a"], "tokens": ["x"]}, b"{}"),
+        ({"record": ["a"], "tokens": [None]}, b"{}"),
+    ],
+)
+def test_other_columns_are_refused(columns: dict[str, Any], about: bytes, tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    made = pa.table(columns).replace_schema_metadata({b"about": about})
+    parquet.write_table(made, tmp_path / "scores.parquet")
+    with pytest.raises(RunError, match="it is no table of records"):
+        TableFolder(tmp_path).read("scores")
+
+
+def test_what_is_needed_and_lacking_is_named(tmp_path: Path) -> None:
+    folder = TableFolder(tmp_path)
+    folder.write("training", table())
+    assert len(folder.read("training", "epoch", "kind")) == 6
+    with pytest.raises(RunError, match="it has no 'tokens'"):
+        folder.read("training", "epoch", "tokens")
+
+
+def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
+    (tmp_path / "memorization").write_text("")
+    with pytest.raises(RunError, match="is no directory: move it away"):
+        _ = TableFolder(tmp_path / "memorization").key

@@ -176,6 +176,21 @@ def test_the_recipe_refines(
                       "--forget", retain, "--sequential") == 2  # fmt: skip
 
 
+def test_what_a_refinement_does_not_do_is_said(
+    tiny_base: Path, adapter: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    forget = write(tmp_path / "f.jsonl", make_rows()[:9])
+    given = ("--adapter", adapter, "--forget", forget, "--method", "ga", "--refine", "confidence")
+    for more, reason in (
+        (["--track_memorization"], "goes without --track_memorization"),
+        (["--eval_suite", "demo"], "goes without --eval_suite"),
+        (["--scores_of", tmp_path / "typo"], "typo knows no confidence of these records"),
+    ):
+        assert run_recipe(tiny_base, tmp_path / "out", *given, *more) == 2
+        assert reason in refused(capfd)
+    assert not (tmp_path / "out").exists()
+
+
 def test_flat_scores_are_refused_before_anything_is_written(
     tiny_base: Path, adapter: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

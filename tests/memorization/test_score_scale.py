@@ -12,6 +12,7 @@ from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.errors import UserError
 from llm_unlearn.memorization.observations import Observations
 from llm_unlearn.memorization.orientation import LEARNING, SCORES, oriented
+from llm_unlearn.memorization.refinement import refine
 from llm_unlearn.memorization.scores import learning_scores, with_ties_broken
 from tests.tiny import load_tiny
 
@@ -73,6 +74,20 @@ def test_ties_of_strict_accuracy_are_broken_by_confidence() -> None:
     assert np.isnan(told[3])
     flat = np.zeros(4)
     assert with_ties_broken(flat, np.arange(4.0)).tolist() == flat.tolist()
+
+
+def test_flat_stays_flat_and_tied_stays_tied() -> None:
+    """Whatever breaks ties or rounds must not make a refinement of what tells nothing apart."""
+    lines = [[1.0] * 45, [1.0] * 44 + [0.0]]  # all but one record always right
+    columns = columns_of({"confidence": np.random.default_rng(0).random((2, 45)).tolist(),
+                          "strict_accuracy": lines})  # fmt: skip
+    with pytest.raises(UserError, match="flat"):
+        refine(learning_scores(columns, 45)["strict_accuracy"])
+    thirds = [1 / 3, 1.0, 0.1, 2 / 3]  # the same numbers in any order are one score
+    epochs = np.array([np.roll(thirds, n) for n in range(28)] + [[0.0] * 4, [1.0] * 4]).T
+    values = learning_scores(columns_of({"accuracy": epochs.tolist()}), 30)["accuracy"]
+    with pytest.raises(UserError, match="28 of 30 records have the score"):
+        refine(values)
 
 
 def canaries() -> tuple[list[Record], int]:

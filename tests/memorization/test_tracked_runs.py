@@ -12,15 +12,21 @@ from torch import Tensor
 
 from llm_unlearn import files
 from llm_unlearn.data.partition import SliceName
-from llm_unlearn.errors import UserError
-from llm_unlearn.exact import record_scores
+from llm_unlearn.errors import RunError, UserError
+from llm_unlearn.exact import deletion, record_scores
 from llm_unlearn.exact.certificates import read_certificate
 from llm_unlearn.exact.ledger import Ledger
 from llm_unlearn.exact.record_scores import RunTables
 from llm_unlearn.exact.run import S3TRun
+from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.memorization.observations import Observations
+from llm_unlearn.memorizing.findings import find_memorized
+from llm_unlearn.memorizing.scoring import score
+from llm_unlearn.memorizing.targets import LoadedTarget, RunTarget
 from llm_unlearn.record_tables import FOLDER, make_table
 from tests.exact.killing import in_child, kill_at
+from tests.exact.methods import METHODS
+from tests.test_cli import Say, in_json, say
 from tests.test_recipes import flags, load_recipe
 from tests.tiny import (
     StubBase,
@@ -30,12 +36,14 @@ from tests.tiny import (
     make_stub_run,
     make_tiny_tokenizer,
     node_bytes,
+    placed_by_id,
     served_bytes,
     stubbed_training,
     tiny_records,
     train_stub,
 )
 
+__all__ = ["say"]  # a fixture
 SHAPES: dict[str, dict[str, Any]] = {
     "ranks": {"num_slices": 2, "num_sequences": 2},
     "layers, replayed": {"num_slices": 2, "num_sequences": 1, "blocks": "layers"},
@@ -258,3 +266,93 @@ def test_where_a_node_is_its_table_is(tmp_path: Path, without_fsync: None) -> No
             if outcome == 0:
                 break
     assert point > 6
+
+
+def test_a_rebuild_of_a_tracked_run_is_tracked(say: Say, tiny_base: Path, tmp_path: Path) -> None:
+    """Though the only node, and with it every table, went with the deletion."""
+    shape: dict[str, Any] = {"num_slices": 1, "num_sequences": 1, "max_steps": 6}
+    run = make_run(tmp_path / "run", tiny_base, train=False, **shape)
+    run.train(*load_tiny(tiny_base), track=Observations)
+    run.delete([VICTIM])
+    assert not RunTables(run.directory).names()
+    in_json(say("rebuild", run.path, "--json"))
+    (node,) = run.directory.nodes.keys()
+    table = RunTables(run.directory).read(node, "confidence")
+    assert rows_of(run, VICTIM) == 0 and len(set(table.columns["record"].tolist())) == 22
+    assert all(check.passed for check in run.verify())
+    never = make_run(
+        tmp_path / "never", tiny_base, [r for r in tiny_records() if r.subject != VICTIM], **shape
+    )
+    assert node_bytes(never) == node_bytes(run)
+
+
+def test_measuring_is_not_tracking(tiny_base: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_base, num_slices=1, num_sequences=1)
+    find_memorized(run.path, ["confidence"])
+    run.delete([VICTIM])
+    run.rebuild()
+    assert RunTables(run.directory).names() == ["scores"]
+
+
+def test_a_record_of_several_shards_is_one_record(tiny_base: Path, tmp_path: Path) -> None:
+    options = {**METHODS["lego"], "num_shards": 3, "placement": placed_by_id(3, 2)}
+    run = make_run(tmp_path / "run", tiny_base, train=False, max_steps=6, **options)
+    run.train(*load_tiny(tiny_base), track=Observations)
+    tracked = find_memorized(run.path)
+    for name, values in tracked.scored.scores.items():
+        assert len(values) == 24 and not np.isnan(values).any(), name
+    measured = find_memorized(run.path, ["gain"])
+    assert len(set(measured.pseudonyms)) == len(measured.records) == 24
+    table = RunTables(run.directory).read("scores")
+    assert len(table) == 24 and not np.isnan(table.columns["gain"]).any()
+    # Its value is the mean over its shards, and not that of the last.
+    target = RunTarget(run.path)
+    record, apart = target.records[0], []
+    for model, tokenizer, numbers in target.groups():
+        if 0 in numbers:
+            found = score(LoadedTarget(model, tokenizer, [record]), ["confidence"])
+            apart.append(found.scores["confidence"][0])
+    assert len(apart) == 2 and apart[0] != apart[1]
+    value = -table.columns["confidence"][0]
+    assert value == pytest.approx(np.mean(apart), abs=1e-4)
+
+
+def test_nobody_is_shown_whose_deletion_is_acknowledged(
+    tracked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = S3TRun.open(tracked)
+    before = iter([deletion.settle])
+
+    def dying(directory: RunDirectory) -> None:
+        """Where the request is on disk, and nothing is carried out."""
+        settle = next(before, None)
+        if settle is None:
+            raise KeyboardInterrupt
+        settle(directory)
+
+    monkeypatch.setattr(deletion, "settle", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run.delete([VICTIM])
+    assert run.directory.ledger.requests(pending=True)
+    assert VICTIM not in {record.subject for record in RunTarget(tracked).records}
+    assert rows_of(run, VICTIM) == 0
+
+
+def test_a_deletion_while_it_is_measured_is_said_and_takes_its_rows(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", tiny_base, num_slices=1, num_sequences=1)
+    deleted: list[str] = []
+
+    def deleting(*_: object) -> None:
+        if not deleted:
+            deleted.append(VICTIM)
+            S3TRun.open(run.path).delete(deleted)
+
+    with pytest.raises(RunError, match="changed by a deletion meanwhile"):
+        find_memorized(run.path, ["confidence"], advance=deleting)
+    assert rows_of(run, VICTIM) == 0
+    assert len(find_memorized(run.path, ["confidence"]).records) == 22
+    run.delete(sorted({record.subject for record in RunTarget(run.path).records}))
+    with pytest.raises(UserError, match="holds no records any more"):
+        find_memorized(run.path)

@@ -58,6 +58,11 @@ def test_the_recipe_keeps_what_it_saw_and_the_result_has_the_same_bits(
     table = TableFolder(tmp_path / "tracked" / FOLDER).read("training")
     assert len(set(table.columns["record"])) > 4 and set(ROW_VALUES) <= set(table.columns)
     assert {"config", "base", "data", "salt_id"} <= set(table.about)
+    # What another result takes the place of says nothing about the new one.
+    (tmp_path / "tracked" / "refinement.json").write_text("{}")
+    assert run_recipe(tiny_base, tmp_path / "tracked", *given) == 0
+    assert not TableFolder(tmp_path / "tracked" / FOLDER).names()
+    assert not (tmp_path / "tracked" / "refinement.json").exists()
 
 
 def test_the_first_epoch_shows_the_model_before(tiny_base: Path, tmp_path: Path) -> None:
@@ -116,5 +121,5 @@ def test_scores_of_a_model_with_its_tables(tiny_base: Path, tmp_path: Path) -> N
     changed = bytearray((output / WEIGHTS).read_bytes())
     changed[-2] ^= 1
     (output / WEIGHTS).write_bytes(changed)
-    score(target, ["curvature"])
+    score(open_target(output, FORGET), ["curvature"])
     assert target.tables.read("scores").about["model"] != table.about["model"]
