@@ -490,7 +490,10 @@ def test_interrupting_a_watch_is_no_traceback(run: S3TRun, url: str) -> None:
     import subprocess
     import sys
 
-    command = [sys.executable, "-m", "llm_unlearn", "sync-vllm", str(run.path), url, "--watch"]
+    # What runs in the background of a shell is deaf to the signal, and so are its children.
+    main = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" \
+           "import runpy; runpy.run_module('llm_unlearn', run_name='__main__', alter_sys=True)"  # fmt: skip
+    command = [sys.executable, "-c", main, "sync-vllm", str(run.path), url, "--watch"]
     started = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     )
