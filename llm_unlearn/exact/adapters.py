@@ -6,6 +6,7 @@ LoRA factors are float32 and named as PEFT names them.
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 PREFIX = "base_model.model."
+MERGED = "merged"
 NAME = re.compile(r"(shard-\d+|core|merged)@([0-9a-f]{12,64})")
 """What an adapter is called where it is served, so that another content has another name."""
 DIGITS_IN_NAME = 12
@@ -151,6 +153,16 @@ def adapter_name(member: str, digest: str) -> str:
         digest: what identifies it (`served_digest`).
     """
     return f"{member}@{digest[:DIGITS_IN_NAME]}"
+
+
+def merged_name(adapters: Iterable[tuple[str, bool]]) -> str:
+    """What the one adapter is called that several are merged into.
+
+    Args:
+        adapters: their names, and whether each is withdrawn: then it has no part in it.
+    """
+    parts = [f"{name.partition('@')[0]}@" if is_gone else name for name, is_gone in adapters]
+    return adapter_name(MERGED, hashlib.sha256(" ".join(sorted(parts)).encode()).hexdigest())
 
 
 def tensors_digest(tensors: Tensors) -> str:

@@ -137,8 +137,10 @@ def _make(run: RunDirectory, ask: Correction, old: Record, taken: set[str], wher
 def _requests(
     run: RunDirectory, asks: Sequence[Correction], replacements: Sequence[_Replacement]
 ) -> list[Request]:
-    places = [place for r in replacements for place in (r.place, r.new_place)]
-    dependent = dependents(run, {place.shard for place in places})
+    shards = {place.shard for r in replacements for place in (r.place, r.new_place)}
+    dependent = dependents(
+        run, shards.intersection(run.shards)
+    )  # a subject's own may come only now
     served = digest_of_served(run)
     requests = []
     for ask, replacement in zip(asks, replacements, strict=True):

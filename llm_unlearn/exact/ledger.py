@@ -75,6 +75,11 @@ class Request:
     acknowledged_at: float | None = None
     finished_at: float | None = None
 
+    @property
+    def places(self) -> tuple[Target, ...]:
+        """Everywhere that it changes: what goes, and what a correction brings, which can be elsewhere."""
+        return (*self.targets, *self.inserted)
+
     def to_details(self) -> str:
         """What the ledger keeps of it and its chain covers, as JSON."""
         told = vars(self) | {

@@ -117,7 +117,7 @@ class Past:
         hits: dict[SliceName, int] = {}
         for request in requests:
             if request.nodes and request.id in asked:
-                for target in (*request.targets, *request.inserted):
+                for target in request.places:
                     hits.setdefault(SliceName(target.shard, target.slice), asked[request.id])
         # Without a node: an edited entry, of which the chain speaks.
         trained = {e.payload.get("node"): e.sequence for e in events if e.kind == "trained"}

@@ -178,76 +178,22 @@ class Count(NamedTuple):
     affected: float
 
 
-class VoteTally:
-    """The votes behind one answer, kept so that it can be certified again when more shards are affected.
-
-    A withdrawn shard's votes are dropped for good: they came from what has to be forgotten, and when it votes
-    again after the execution, it is with other weights. So a step is certified from the votes of shards that
-    were never affected since, which is `certify_votes` itself: exact. 4 m bytes a token.
-
-    Args:
-        shards: m.
-
-    Attributes:
-        certified: how many tokens from the first are certified.
-    """
-
-    def __init__(self, shards: int):
-        self.certified = 0
-        self._shards = shards
-        self._tokens: list[int] = []
-        self._votes: list[NDArray[np.int32]] = []
-
-    def append(self, token: int, votes: Sequence[int] | NDArray[Any]) -> bool:
-        """One more token of the answer; is it certified, and everything before it?
-
-        Args:
-            token: what was answered, by whichever rule: it counts as certified only if it is the
-                certificate's own winner.
-            votes: (m,), `NO_VOTE` for shards that are affected or close.
-        """
-        self._tokens.append(token)
-        self._votes.append(np.array(votes, np.int32).reshape(self._shards))
-        if self.certified == len(self._tokens) - 1:
-            self.certified += self._certified_from(self.certified)
-        return self.certified == len(self._tokens)
-
-    def withdraw(self, shards: Iterable[int]) -> int:
-        """More shards are affected; how many tokens from the first are certified now."""
-        gone = list(shards)
-        for votes in self._votes:
-            votes[gone] = NO_VOTE
-        self.certified = min(self.certified, self._certified_from(0))
-        return self.certified
-
-    def _certified_from(self, start: int) -> int:
-        if start == len(self._tokens):
-            return 0
-        verdict = certify_votes(torch.from_numpy(np.stack(self._votes[start:])))
-        is_ours = verdict.is_certified & (verdict.winner == torch.tensor(self._tokens[start:]))
-        return int(is_ours.int().cumprod(0).sum())
-
-    def counts(self) -> list[Count]:
-        found = []
-        for token, votes in zip(self._tokens, self._votes, strict=True):
-            affected = int((votes == NO_VOTE).sum())
-            others = votes[(votes != NO_VOTE) & (votes != token)]
-            most = int(np.unique(others, return_counts=True)[1].max()) if others.size else 0
-            found.append(Count(int((votes == token).sum()), most + affected, affected))
-        return found
-
-
 class ScoreTally:
-    """As `VoteTally` for scores that are not votes, without keeping every shard's whole distribution.
+    """The scores behind one answer, kept so that it can be certified again when more shards are affected.
 
-    Of each token are kept what every shard gave it (m numbers), and R = max over j != t of S_j + W, the most
-    that a rival could end with. When shards Q are affected too, S'_j + W' <= S_j + W + w(Q), because scores are
-    not negative: S'_j <= S_j. So S'_t > R + w(Q) is sound. It asks for more than the exact rule, which knows
-    what Q gave the best rival, by at most that: sum over Q of w_k p_k(j). With noise, where certified means
-    S_t > (S_j + W) h_j for every j (`sampling.py`), R = max (S_j + W) h_j grows by w(Q) max h_j.
+    What a withdrawn shard gave is dropped for good: it came from what has to be forgotten, and when it answers
+    again after the execution, it is with other weights. Of each token are kept what every shard gave it (m
+    numbers), and R = max over j != t of S_j + W, the most that a rival could end with. When shards Q are affected
+    too, S'_j + W' <= S_j + W + w(Q), because scores are not negative: S'_j <= S_j. So S'_t > R + w(Q) is sound. It
+    asks for more than the exact rule, which knows what Q gave the best rival, by at most that: sum over Q of w_k
+    p_k(j). With noise, where certified means S_t > (S_j + W) h_j for every j (`sampling.py`), R = max (S_j + W) h_j
+    grows by w(Q) max h_j.
 
     Args:
         weights: (m,).
+
+    Attributes:
+        certified: how many tokens from the first are certified.
     """
 
     def __init__(self, weights: Sequence[float]):

@@ -37,6 +37,10 @@ affected shard with H_k <= M - 0.1, or with c unaffected ones before it, can nei
 with any other some affected shard enters, as before.
 So `certify_candidates` is sound, and misses nothing that holds in the whole box.
 
+Under `nearest`, keys and encoder are constants: which k shards are nearest cannot change, only which of them are
+left. The mean over those left is their sum by a common factor, which decides nothing, and an affected shard gives
+between 0 (it is gone) and 1: that is the rule of `certificate.py`, also for those of the k of which nothing is left.
+
 Without an index of words every living shard reads every prompt, and one that is trained again may like it more than
 any other: certified only when no shard is affected. A `merge` adds all adapters up, in weights and not in scores,
 so one affected shard may change anything: never certified while one is affected.
@@ -194,33 +198,3 @@ def _coming(run: RunDirectory) -> dict[SliceName, list[Record]]:
         for target, record in zip(request.inserted, records, strict=True):
             coming[SliceName(target.shard, target.slice)].append(record)
     return coming
-
-
-class Nearest(NamedTuple):
-    """Who answers under `nearest`: `certificate.certify` with weight 1 for each.
-
-    Attributes:
-        unaffected: the shards whose scores are added; none and nothing affected: the base answers.
-        affected: how many others may have a part, with up to weight 1 each.
-    """
-
-    unaffected: list[int]
-    affected: int
-
-
-def certify_nearest(
-    nearest: Sequence[int], alive: Collection[int], affected: Collection[int]
-) -> Nearest:
-    """The terms of the general rule for one prompt's nearest keys.
-
-    Keys and encoder are constants, so which k shards are nearest cannot change; only which of them are left
-    can. The mean over those left is their sum by a common factor, which decides nothing, and an affected
-    shard gives between 0 (it is gone) and 1. With none of the nearest affected, the answer is certified whole;
-    with only affected ones it is not: they or the base would answer.
-
-    Args:
-        nearest: the k shards of the nearest keys.
-        alive: shards of which something is left.
-    """
-    unaffected = [shard for shard in nearest if shard in alive and shard not in affected]
-    return Nearest(unaffected, sum(shard in affected for shard in nearest))

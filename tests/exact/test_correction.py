@@ -109,13 +109,16 @@ def test_a_text_can_come_back(tmp_path: Path) -> None:
     assert all(check.passed for check in run.verify())
 
 
-def test_a_record_that_is_its_own_subject_keeps_being_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [{"num_slices": 2}, METHODS["experts by subject"]])
+def test_a_record_that_is_its_own_subject_keeps_being_so(
+    tmp_path: Path, shape: dict[str, Any]
+) -> None:
     rows = [{"text": f"note {number}"} for number in range(8)]
-    run = trained(tmp_path / "run", make_records(rows), {"num_slices": 2})
+    run = trained(tmp_path / "run", make_records(rows), shape)
     (old,) = run.records_of(make_records(rows)[3].subject)
     run.correct([Correction((old.subject,), record=old.id, row={"text": "note three"})])
     rows[3] = {"text": "note three"}
-    untouched = trained(tmp_path / "other", make_records(rows), {"num_slices": 2})
+    untouched = trained(tmp_path / "other", make_records(rows), shape)
     with stubbed_training():
         train_stub(run)
     assert node_bytes(run) == node_bytes(untouched)

@@ -15,7 +15,6 @@ from llm_unlearn.serving.certificate import (
     NO_VOTE,
     Rival,
     ScoreTally,
-    VoteTally,
     ballot_scores,
     ballot_weight,
     certify,
@@ -227,58 +226,30 @@ def _all_to_one(affected: int, labels: int) -> np.ndarray:
     return sure
 
 
-def test_kept_votes_certify_again_exactly() -> None:
-    generator = np.random.default_rng(5)
-    lengths = []
-    for _ in range(300):
-        shards, steps = 7, 6
-        votes = np.where(
-            generator.random((steps, shards)) < 0.85, 1, generator.integers(0, 4, (steps, shards))
-        )
-        tally = VoteTally(shards)
-        affected: set[int] = set()
-        for step in votes:
-            tally.append(
-                1, np.where(np.isin(np.arange(shards), list(affected)), NO_VOTE, step).tolist()
-            )
-        for shard in generator.permutation(shards)[:3].tolist():
-            affected.add(shard)
-            left = np.where(np.isin(np.arange(shards), list(affected)), NO_VOTE, votes)
-            verdict = certify_votes(torch.from_numpy(left))
-            good = (verdict.is_certified & (verdict.winner == 1)).tolist()
-            expected = next((i for i, ok in enumerate(good) if not ok), steps)
-            assert tally.withdraw([shard]) == expected == tally.certified
-            lengths.append(expected)
-    assert len(set(lengths)) > 3
-
-
-def test_a_withdrawn_vote_never_comes_back() -> None:
-    tally = VoteTally(5)
-    assert tally.append(4, [4, 4, 4, 4, 4])
+def test_what_a_withdrawn_shard_said_never_comes_back() -> None:
+    everybody = [1.0] * 5, [False] * 5, Rival(0.0), True
+    tally = ScoreTally([1.0] * 5)
+    assert tally.append(*everybody)
     assert tally.withdraw([0]) == 1 and tally.withdraw([0]) == 1
     assert tally.counts() == [(4, 1, 1)]
-    # Shard 0 was trained again and votes; its old vote stays forgotten.
-    assert tally.append(4, [4, 4, 4, 4, 4])
+    # Shard 0 was trained again and has a say; what it said before stays forgotten.
+    assert tally.append(*everybody)
     assert tally.withdraw([1]) == 2
     assert tally.withdraw([2]) == 0  # of the first step two shards are left, of the second three
     assert tally.counts() == [(2, 3, 3), (3, 2, 2)]
 
 
 def test_what_a_caller_gave_is_not_changed() -> None:
-    tally, votes = VoteTally(3), np.array([1, 1, 1], np.int32)
-    tally.append(1, votes)
-    tally.withdraw([0])
-    assert votes.tolist() == [1, 1, 1]
     scores, given, affected = ScoreTally([1.0] * 3), np.ones(3), np.zeros(3, bool)
     scores.append(given, affected, Rival(0.0), True)
     scores.withdraw([0])
     assert given.tolist() == [1.0] * 3 and not affected.any()
 
 
-def test_an_answer_that_is_not_the_certificates_is_not_certified() -> None:
-    tally = VoteTally(3)
-    assert not tally.append(2, [1, 1, 1])
-    assert not tally.append(1, [1, 1, 1])  # one token without a certificate ends it
+def test_one_token_without_a_certificate_ends_it() -> None:
+    tally = ScoreTally([1.0] * 3)
+    assert not tally.append([1.0] * 3, [False] * 3, Rival(0.0), False)
+    assert not tally.append([1.0] * 3, [False] * 3, Rival(0.0), True)
     assert tally.certified == 0
 
 
@@ -347,11 +318,12 @@ def test_a_certified_text_is_the_text_of_every_later_ensemble() -> None:
 
         affected = {int(shard) for shard in generator.permutation(shards)[: 1 + seed % 2]}
         text: tuple[int, ...] = ()
-        tally = VoteTally(shards)
+        certified = 0
         while len(text) < steps and (not text or text[-1] != 0):
             votes = [NO_VOTE if k in affected else vote(k, text) for k in range(shards)]
-            text += (int(certify_votes(torch.tensor(votes)).winner),)
-            tally.append(text[-1], votes)
+            verdict = certify_votes(torch.tensor(votes))
+            certified += bool(verdict.is_certified) and certified == len(text)
+            text += (int(verdict.winner),)
         for _ in range(20):  # other shards in their place, a new function each
             other = generator.integers(0, tokens, (shards, 997))
             replaced = decode(
@@ -360,9 +332,9 @@ def test_a_certified_text_is_the_text_of_every_later_ensemble() -> None:
                     for k in range(shards)
                 ]
             )
-            assert replaced[: tally.certified] == text[: tally.certified]
-            assert tally.certified < len(text) or replaced == text
-        certified_tokens += tally.certified
-        texts += tally.certified == len(text)
+            assert replaced[:certified] == text[:certified]
+            assert certified < len(text) or replaced == text
+        certified_tokens += certified
+        texts += certified == len(text)
     LOG.info(f"{certified_tokens} certified tokens, {texts} of 60 whole texts")
     assert certified_tokens > 60 and 5 < texts < 60

@@ -153,6 +153,24 @@ def test_a_ledger_that_is_away(run: S3TRun, monkeypatch: pytest.MonkeyPatch) -> 
         assert engine.state().is_ready
 
 
+def test_a_failure_ends_what_waits_with_words_of_others_too(
+    run: S3TRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has to forget may be lost with the failure; who has said nothing has nothing to forget."""
+    step = Once(monkeypatch, Batch, "step", at=6)
+    with serving(run) as engine:
+
+        def put_back_and_fail() -> None:
+            engine._put_back(engine.answering.take_back())
+            raise RuntimeError("in the middle of something")
+
+        step.act = put_back_and_fail
+        begun = ask(engine, QUESTION, max_tokens=20)
+        assert begun.done.wait(10)
+        assert isinstance(begun.end, Failure) and begun.end.kind == "unavailable"
+        assert ask(engine, QUESTION, max_tokens=3).wait().text
+
+
 def test_the_end_waits_for_what_has_just_been_taken(
     run: S3TRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,14 +15,20 @@ import numpy as np
 import pytest
 
 from llm_unlearn.errors import RunError, UserError
-from llm_unlearn.exact.adapters import WEIGHTS_NAME, adapter_name, load_tensors, tensors_digest
+from llm_unlearn.exact.adapters import (
+    WEIGHTS_NAME,
+    adapter_name,
+    load_tensors,
+    merged_name,
+    tensors_digest,
+)
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.served import read_lineage
 from llm_unlearn.serving.outside import http_client
 from llm_unlearn.serving.outside.http_client import Server, read_token
 from llm_unlearn.serving.outside.vllm import Follower
 from llm_unlearn.serving.probe.looks import Probe
-from llm_unlearn.serving.probe.probe import probe, probe_run, probe_server
+from llm_unlearn.serving.probe.probe import probe, probe_run
 from tests.serving.loopback import Question, Said, running
 from tests.serving.loopback_vllm import LoopbackVllm
 from tests.test_cli import Say, in_json, one_line, say  # noqa: F401
@@ -111,21 +117,21 @@ def unseen(seen: Probe) -> dict[str, list[str]]:
 
 
 def test_an_honest_server(run: S3TRun, ours: Ours, url: str) -> None:
-    seen = probe_server(url, run.path)
+    seen = probe(url, run.path)
     assert seen.is_clean and found(seen) == unseen(seen) == {}
     assert [a.name for a in seen.adapters] == [r["name"] for r in ours.report["residents"]]
     assert {look.place: look.examined for look in seen.looks}["its memory"] == 3
     run.delete(["person 3"])
     hit = f"shard-{run.directory.slices.place('person 3').shard}@"
-    problems = found(probe_server(url, run.path))
+    problems = found(probe(url, run.path))
     assert "deleted by request" in problems["adapters of the server"][0]
     assert "entries of the ledger" in problems["its epoch"][0]
     old = next(r["name"] for r in ours.report["residents"] if r["name"].startswith(hit))
     assert problems["names served before"] == [f"{old} still answers"]
     ours.report = report_of(run)
-    assert found(probe_server(url, run.path)) == {}
+    assert found(probe(url, run.path)) == {}
     ours.answering.add(old)
-    assert found(probe_server(url, run.path)) == {"names served before": [f"{old} still answers"]}
+    assert found(probe(url, run.path)) == {"names served before": [f"{old} still answers"]}
 
 
 Change = Callable[[dict[str, Any]], Any]
@@ -149,11 +155,6 @@ LIES: dict[str, tuple[Change, str, str]] = {
         lambda r: r["loaded"].pop(),
         "its memory",
         "not among those that it calls loaded",
-    ),
-    "one is missing": (
-        lambda r: (r["residents"].pop(), r["memory"].popitem(), r["loaded"].pop()),
-        "adapters of the server",
-        "does not name it",
     ),
     "another digest": (
         lambda r: r["residents"][1].update(digest=r["residents"][1]["digest"][:12] + "0" * 52),
@@ -212,7 +213,7 @@ LIES: dict[str, tuple[Change, str, str]] = {
 def test_lies(run: S3TRun, ours: Ours, url: str, lie: str) -> None:
     change, place, told = LIES[lie]
     change(ours.report)
-    seen = probe_server(url, run.path)
+    seen = probe(url, run.path)
     assert not seen.is_clean
     assert any(told in line for line in found(seen).get(place, [])), found(seen)
 
@@ -224,13 +225,13 @@ def test_zeros_are_told_from_weights(run: S3TRun, ours: Ours, url: str) -> None:
         zeros = {n: np.zeros_like(t) for n, t in load_tensors(path).items()}
         ours.report["memory"][name] = tensors_digest(zeros)
         resident["state"] = "withdrawn"
-    assert found(probe_server(url, run.path)) == {}
+    assert found(probe(url, run.path)) == {}
 
 
 def test_what_a_server_does_not_say_is_not_seen(run: S3TRun, ours: Ours, url: str) -> None:
     ours.report["memory"].clear()
     ours.report["prefix_caches"].append("cache of I know not whom")
-    seen = probe_server(url, run.path)
+    seen = probe(url, run.path)
     assert seen.is_clean and set(unseen(seen)) == {"its memory", "its prefix caches"}
     assert len(unseen(seen)["its memory"]) == 3
 
@@ -242,21 +243,43 @@ def test_an_adapter_that_is_clean_and_replaced(run: S3TRun, ours: Ours, url: str
     with stubbed_training():
         train_stub(run)
     ours.report["epoch"] = run.directory.ledger.count()
-    seen = probe_server(url, run.path)
+    seen = probe(url, run.path)
     assert "is not what the run serves now" in unseen(seen)["its memory"][0]
-    missing = found(seen).pop("adapters of the server")
-    assert len(missing) == 1 and "the server does not name it" in missing[0]
-    assert not any("deleted" in line for line in missing)
+    assert found(seen) == {}, "nothing that was deleted"
+    (missing,) = unseen(seen)["adapters of the server"]
+    assert "the server does not name it" in missing
+
+
+def test_an_adapter_that_the_server_does_not_name(run: S3TRun, ours: Ours, url: str) -> None:
+    """The run serves it, so nothing deleted is in it: what the server has of it is not known."""
+    gone = ours.report["residents"].pop()["name"]
+    del ours.report["memory"][gone]
+    ours.report["loaded"].remove(gone)
+    seen = probe(url, run.path)
+    assert seen.is_clean and found(seen) == {}
+    (told,) = unseen(seen)["adapters of the server"]
+    assert gone in told and "does not name it" in told
+
+
+def test_all_adapters_in_one(run: S3TRun, ours: Ours, url: str) -> None:
+    """A server of a run that merges holds none of them alone; no other name may stand for that."""
+    names = [resident["name"] for resident in ours.report["residents"]]
+    merged = merged_name((name, False) for name in names)
+    ours.report["memory"], ours.report["loaded"] = {merged: "0" * 64}, [merged]
+    seen = probe(url, run.path)
+    assert found(seen) == {} and merged in unseen(seen)["its memory"][0]
+    ours.report["residents"][0]["state"] = "withdrawn"
+    assert merged in found(probe(url, run.path))["its memory"][0], "it is made of all of them"
 
 
 def test_a_hidden_adapter_in_the_list_of_models(run: S3TRun, ours: Ours, url: str) -> None:
     ours.listed = ["shard-0@aaaaaaaaaaaa"]
-    assert "its list of models" in found(probe_server(url, run.path))
+    assert "its list of models" in found(probe(url, run.path))
 
 
 def test_a_server_that_answers_to_any_name(run: S3TRun, ours: Ours, url: str) -> None:
     ours.answering.add("shard-0@000000000000")
-    assert "refusals tell nothing" in unseen(probe_server(url, run.path))["names served before"][0]
+    assert "refusals tell nothing" in unseen(probe(url, run.path))["names served before"][0]
 
 
 def endless() -> Iterator[bytes]:
@@ -298,7 +321,7 @@ def test_broken_answers_are_one_line(
     ours.said["/v1/residue"] = said()
     began = time.monotonic()
     with pytest.raises(UserError, match=told) as caught:
-        probe_server(url, run.path, seconds=1.0)
+        probe(url, run.path, seconds=1.0)
     assert time.monotonic() - began < 5 and "\n" not in str(caught.value)
     assert str(caught.value).isprintable()
 
@@ -311,7 +334,7 @@ def test_a_redirect_is_not_followed_and_gets_no_token(
     with running(thief) as elsewhere:
         ours.said["/v1/residue"] = Said(307, b"", {"Location": f"{elsewhere}/v1/residue"})
         with pytest.raises(RunError, match="leads elsewhere"):
-            probe_server(url, run.path, token_file=tmp_path / "token")
+            probe(url, run.path, token_file=tmp_path / "token")
     assert not thief.questions and ours.questions[0].token == "Bearer geheim"
 
 
@@ -335,36 +358,36 @@ def test_tokens(run: S3TRun, url: str, tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(UserError, match="--token_file"):
             read_token(path)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert probe_server(url, run.path).is_clean, "no proxy sees the token"
+    assert probe(url, run.path).is_clean, "no proxy sees the token"
 
 
 def test_a_server_that_is_not_there(run: S3TRun) -> None:
     with pytest.raises(RunError, match=r"cannot be asked: Connection refused"):
-        probe_server("http://127.0.0.1:9", run.path)
+        probe("http://127.0.0.1:9", run.path)
 
 
 def test_from_another_machine(run: S3TRun, ours: Ours, url: str, tmp_path: Path) -> None:
     """What `probe RUN --json` wrote stands for the run."""
     file = tmp_path / "served.json"
     file.write_text(json.dumps(probe_run(run.path).to_dict()))
-    assert found(probe_server(url, served=file)) == {}
+    assert found(probe(url, served=file)) == {}
     old = copy.deepcopy(ours.report)
     run.delete(["person 3"])
     file.write_text(json.dumps(probe_run(run.path).to_dict()))
-    seen = probe_server(url, served=file)
+    seen = probe(url, served=file)
     assert "which is not served now" in found(seen)["adapters of the server"][0]
     ours.report = report_of(run)
-    assert found(probe_server(url, served=file)) == {}
+    assert found(probe(url, served=file)) == {}
     ours.report["residents"].append(
         old["residents"][0] | {"state": "withdrawn", "name": "core@" + "a" * 12, "digest": "a" * 64}
     )
     ours.report["memory"]["core@" + "a" * 12] = "0" * 64
     ours.report["loaded"].append("core@" + "a" * 12)
-    assert "zeros cannot be told" in unseen(probe_server(url, served=file))["its memory"][0]
+    assert "zeros cannot be told" in unseen(probe(url, served=file))["its memory"][0]
     for text in ("[]", "{", '{"served": [{}]}'):
         file.write_text(text)
         with pytest.raises(UserError, match="is not what"):
-            probe_server(url, served=file)
+            probe(url, served=file)
 
 
 def test_one_of_both(run: S3TRun, url: str, tmp_path: Path) -> None:
@@ -386,24 +409,24 @@ def stock(vllm: LoopbackVllm) -> Iterator[str]:
 
 def test_a_stock_vllm(run: S3TRun, vllm: LoopbackVllm, stock: str) -> None:
     Follower.of(run.path, stock).sync()
-    seen = probe_server(stock, run.path)
+    seen = probe(stock, run.path)
     assert found(seen) == {} and set(unseen(seen)) == {"its memory", "its prefix cache"}
     assert (
         "54839" in unseen(seen)["its memory"][0] and "is on" in unseen(seen)["its prefix cache"][0]
     )
     assert {a.name for a in seen.adapters} == set(vllm.adapters)
     run.delete(["person 3"])
-    seen = probe_server(stock, run.path)
+    seen = probe(stock, run.path)
     names = found(seen)["adapters of the server, by name"]
     assert len(names) == 1 and "is not what the run serves now" in names[0]
     assert "still answers" in found(seen)["names served before"][0]
     Follower.of(run.path, stock).sync()
-    seen = probe_server(stock, run.path)
+    seen = probe(stock, run.path)
     assert set(found(seen)) == {"its memory"}, "unloaded, and in memory until a restart"
     assert "no restart of the server since is known" in found(seen)["its memory"][0]
     vllm.restart()
     Follower.of(run.path, stock).sync()
-    assert found(probe_server(stock, run.path)) == {}
+    assert found(probe(stock, run.path)) == {}
 
 
 def test_a_stock_vllm_that_hides_an_adapter(run: S3TRun, vllm: LoopbackVllm, stock: str) -> None:
@@ -412,7 +435,7 @@ def test_a_stock_vllm_that_hides_an_adapter(run: S3TRun, vllm: LoopbackVllm, sto
     vllm.unload_lies = "hidden"
     with pytest.raises(RunError, match="still answers"):
         Follower.of(run.path, stock).sync()
-    assert "still answers" in found(probe_server(stock, run.path))["names served before"][0]
+    assert "still answers" in found(probe(stock, run.path))["names served before"][0]
 
 
 def test_names_without_digests_and_requests_in_flight(
@@ -420,13 +443,13 @@ def test_names_without_digests_and_requests_in_flight(
 ) -> None:
     vllm.adapters["mine"] = "/x"
     vllm.running = "shard-0@aaaaaaaaaaaa,mine"
-    problems = found(probe_server(stock, run.path))
+    problems = found(probe(stock, run.path))
     assert "mine has no digest in its name" in problems["adapters of the server, by name"][0]
     assert len(problems["answers in flight"]) == 2, (
         "the newest sample counts, and not the older one"
     )
     vllm.has_metrics = False
-    assert {"answers in flight", "its prefix cache"} <= set(unseen(probe_server(stock, run.path)))
+    assert {"answers in flight", "its prefix cache"} <= set(unseen(probe(stock, run.path)))
 
 
 @pytest.mark.parametrize("failure", ["caches_by_name", "mixes"])
@@ -518,12 +541,12 @@ def test_random_reports_never_crash(run: S3TRun, ours: Ours, url: str) -> None:
     for field, value in itertools.product(honest, values):
         ours.report = honest | {field: value}
         try:
-            Probe.to_dict(probe_server(url, run.path))
+            Probe.to_dict(probe(url, run.path))
         except UserError as error:
             assert "\n" not in str(error)
     for field, value in itertools.product(honest["residents"][0], values):
         ours.report = honest | {"residents": [honest["residents"][0] | {field: value}]}
         try:
-            assert not probe_server(url, run.path).is_clean
+            assert not probe(url, run.path).is_clean
         except UserError as error:
             assert "another form" in str(error)

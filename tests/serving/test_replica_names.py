@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from llm_unlearn.errors import RunError
+from llm_unlearn.errors import RunError, UserError
+from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.store import RunDirectory
+from llm_unlearn.serving.engine import backend
 from llm_unlearn.serving.engine.replicas import FRESH_SECONDS, Replicas
+from llm_unlearn.serving.policy import make_policy
 
 
 @pytest.fixture
@@ -50,3 +53,22 @@ def test_a_name_is_free_after_its_server(run: RunDirectory, left: dict[str, obje
     replicas.beat(3)
     change(replicas, **left)
     replicas.claim()
+
+
+def test_a_server_that_starts_counts_before_it_has_loaded_anything(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deletion that comes meanwhile is not served out before its memory follows; one that fails leaves nothing."""
+    run, seen = S3TRun.open(run_path), []
+    others = Replicas(run.directory, "other")
+
+    def load(_: RunDirectory) -> None:
+        run.delete(["person 3"])
+        seen.extend(others.have_left(request) for request in run.directory.ledger.requests())
+        raise UserError("the base model is away")
+
+    monkeypatch.setattr(backend, "load_base_of", load)
+    with pytest.raises(UserError, match="away"):
+        backend.Backend(run, make_policy(), name="one")
+    assert seen == [False]
+    assert not others.beats()

@@ -144,6 +144,30 @@ def test_an_uncertified_answer(scene: Any, name: str, starts: bool) -> None:
         assert it.look() == 1, "each execution needs a reason of its own"
 
 
+def test_an_answer_that_the_execution_came_too_late_for(scene: Any) -> None:
+    """It is published, a deletion comes, and an answer finds that out before the process has ended."""
+    it = scene("uncertified-execute")
+    it.delete(1)
+    it.scheduler.uncertified()
+    assert it.look() == 1
+    it.end()
+    it.delete(2)
+    it.clock.now += 1
+    it.scheduler.uncertified()
+    assert it.look() == 2, "nobody else tells of it, and it waits"
+
+
+def test_a_correction_is_rebuilt_where_its_record_went(scene: Any) -> None:
+    """A record that is its own subject moves to another shard: that shard too has its deadline."""
+    it = scene("deadline-clean", deadline_hours=10.0)
+    it.delete(1)
+    (request,) = it.ledger.asked
+    moved = replace(request.targets[0], shard=5)
+    it.ledger.asked = [replace(request, kind="correct", inserted=(moved,))]
+    it.shards = {5}
+    assert it.look(9 * HOUR - 1) == 0 and it.look(2) == 1
+
+
 def test_threshold_of_shards_and_of_requests(scene: Any) -> None:
     it = scene("threshold-clean", threshold=3)
     for shard in (1, 2):

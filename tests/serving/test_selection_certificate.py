@@ -34,9 +34,7 @@ from llm_unlearn.exact.settling import settle
 from llm_unlearn.exact.words import Words, coverage, index_records, lead
 from llm_unlearn.serving.selection_certificate import (
     IndexBounds,
-    Nearest,
     certify_candidates,
-    certify_nearest,
     leads,
     retained_indexes,
 )
@@ -243,13 +241,6 @@ def test_records_that_a_correction_brings_are_retained(
         run.directory.slices.drop_pending()
         with pytest.raises(RunError, match="restore"):
             retained_indexes(run.directory, [0])
-
-
-def test_the_nearest_keys_give_the_terms_of_the_general_rule() -> None:
-    assert certify_nearest([4, 1, 7], {1, 4, 5, 7}, {5}) == Nearest([4, 1, 7], 0)
-    assert certify_nearest([4, 1, 7], {1, 4, 7}, {1}) == Nearest([4, 7], 1)
-    assert certify_nearest([4, 1, 7], {4}, {1}) == Nearest([4], 1), "gone now, it may come back"
-    assert certify_nearest([4, 1], set(), {2}) == Nearest([], 0), "the base model answers"
 
 
 @settings(max_examples=800, deadline=None, derandomize=True)

@@ -47,6 +47,14 @@ class Backend:
     ):
         self.replicas = Replicas(run.directory, name)
         self.replicas.claim()
+        self.replicas.beat(run.directory.ledger.epoch())  # what is loaded from now on is as new
+        try:
+            self._open(run, policy, max_batch, max_waiting)
+        except BaseException:
+            self.replicas.leave()
+            raise
+
+    def _open(self, run: S3TRun, policy: Policy, max_batch: int, max_waiting: int) -> None:
         run.settle()  # what a crash left acknowledged is carried out before anything is loaded
         directory = run.directory
         self.run, self.policy = run, policy.for_shards(max(1, len(directory.shards)))

@@ -157,8 +157,11 @@ class BatchEngine:
         self._run_tasks()
 
     def _fail(self, reason: str) -> None:
-        """Nothing of what is under way can be trusted to go on."""
-        for running in [*self._not_begun(), *self.answering.abandon()]:
+        """Nothing of what is under way can be trusted to go on, also where it waits for its turn again."""
+        with self._wake:
+            begun = [running for running in self._waiting if running.stretches]
+            self._waiting = deque(running for running in self._waiting if not running.stretches)
+        for running in [*begun, *self._not_begun(), *self.answering.abandon()]:
             running.listen(Failure("unavailable", f"try again: {reason}", RETRY_SECONDS))
         self.memory.is_stale = True
         self._state = self._describe(is_ready=False)

@@ -44,7 +44,7 @@ class Pending:
         since: when the last execution was published, in seconds since the epoch.
         """
         now, ages = time.time(), []
-        reaching = [r for r in requests if not shards.isdisjoint(t.shard for t in r.targets)]
+        reaching = [r for r in requests if not shards.isdisjoint(t.shard for t in r.places)]
         later = [r for r in reaching if (r.acknowledged_at or now) >= since]
         for request in later or reaching[-1:]:
             moment = request.acknowledged_at or now
@@ -75,7 +75,8 @@ class Scheduler:
         self.run, self.policy = run, policy
         self._affected, self._notice = affected, notice
         self._wake = threading.Event()
-        self._is_closed = self._is_uncertified = False
+        self._is_closed = False
+        self._uncertified_at = 0.0  # seconds since the epoch
         self._process: subprocess.Popen[bytes] | None = None
         self._not_before = 0.0
         self._known: tuple[int, float, list[Request]] = (-1, 0.0, [])
@@ -88,7 +89,7 @@ class Scheduler:
 
     def uncertified(self) -> None:
         """An answer could not be certified."""
-        self._is_uncertified = True
+        self._uncertified_at = time.time()
         self._wake.set()
 
     def wake(self) -> None:
@@ -121,16 +122,17 @@ class Scheduler:
         self._settle()
         shards = self._affected()
         if not shards:
-            self._is_uncertified = False
+            self._uncertified_at = 0.0
             self.problem = None
             return
-        pending = self._pending(shards)
+        since, requests = self._asked()
+        pending = Pending.of(requests, shards, since, self.policy)
         reason = is_due(
             self.policy,
             len(shards),
             max(pending.requests, 1),
             pending.oldest_seconds,
-            self._is_uncertified,
+            self._uncertified_at > since,
         )
         # Another server's rebuild, say, which takes what is pending with it or is followed by one of ours.
         if reason and time.monotonic() >= self._not_before and not self.run.is_training:
@@ -146,19 +148,18 @@ class Scheduler:
                 settle(self.run)
             self._notice()
 
-    def _pending(self, shards: frozenset[int]) -> Pending:
+    def _asked(self) -> tuple[float, list[Request]]:
+        """When the last execution was published, and everything that was ever asked for."""
         epoch = self.run.ledger.epoch()
         if epoch != self._known[0]:
             served = self.run.ledger.events("served")
             since = served[-1].time if served else 0.0
             self._known = (epoch, since, self.run.ledger.requests())
-        _, since, requests = self._known
-        return Pending.of(requests, shards, since, self.policy)
+        return self._known[1:]
 
     def _ended(self, code: int) -> None:
         self._process = None
         if code == 0:
-            self._is_uncertified = False  # not before: what waits for it still does when one fails
             self.executions += 1
             self.problem = None
         else:

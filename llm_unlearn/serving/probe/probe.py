@@ -29,12 +29,30 @@ def probe(
     asking: Asking | None = None,
     seconds: float = SECONDS,
 ) -> Probe:
-    """What is left of what was deleted: at an address (`probe_server`), or in a run (`probe_run`)."""
-    if "://" in target:
-        return probe_server(target, run, served, token_file, asking, seconds)
-    if any(value is not None for value in (run, served, asking)):
-        raise UserError(f"{target} is no address: --run, --served and --prompts go with a server")
-    return probe_run(Path(target))
+    """What is left of what was deleted: in a run (`probe_run`), or at an address.
+
+    Args:
+        run: the run that a server serves, with which what it holds is compared; or
+        served: what `probe RUN --json` printed where the run is.
+        token_file: holds a bearer token; LLM_UNLEARN_TOKEN by default.
+        asking: prompts whose answers are compared.
+        seconds: for one question.
+
+    Raises:
+        UserError: nothing to compare with, or the server wants another token.
+        RunError: the server cannot be reached, or is something else.
+    """
+    if "://" not in target:
+        if any(value is not None for value in (run, served, asking)):
+            raise UserError(
+                f"{target} is no address: --run, --served and --prompts go with a server"
+            )
+        return probe_run(Path(target))
+    if (run is None) == (served is None):
+        raise UserError("a server is compared with a run: give --run RUN, or --served FILE")
+    server = Server(target, read_token(token_file), seconds)
+    directory = RunDirectory.open(run) if run is not None else None
+    return _probe_server(server, directory, served, asking)
 
 
 def probe_run(path: Path) -> Probe:
@@ -71,41 +89,19 @@ def _probe_run(run: RunDirectory) -> Probe:
     )
 
 
-def probe_server(
-    url: str,
-    run: Path | None = None,
-    served: Path | None = None,
-    token_file: Path | None = None,
-    asking: Asking | None = None,
-    seconds: float = SECONDS,
+def _probe_server(
+    server: Server, run: RunDirectory | None, served: Path | None, asking: Asking | None
 ) -> Probe:
-    """What a server holds, against what a run serves now.
-
-    Args:
-        run: the run that it serves; or
-        served: what `probe RUN --json` printed where the run is.
-        token_file: holds a bearer token; LLM_UNLEARN_TOKEN by default.
-        asking: prompts whose answers are compared.
-        seconds: for one question.
-
-    Raises:
-        UserError: nothing to compare with, or the server wants another token.
-        RunError: the server cannot be reached, or is something else.
-    """
-    if (run is None) == (served is None):
-        raise UserError("a server is compared with a run: give --run RUN, or --served FILE")
-    server = Server(url, read_token(token_file), seconds)
-    directory = RunDirectory.open(run) if run is not None else None
-    expected = _expected(directory, served)
+    expected = _expected(run, served)
     looks, adapters = look_at_server(server, expected)
     for _ in range(ATTEMPTS):
         if not any(look.problems for look in looks) or _stands_still(expected):
             break
         time.sleep(PAUSE_SECONDS)  # a deletion is being carried out: a server may just follow it
-        expected = _expected(directory, served)
+        expected = _expected(run, served)
         looks, adapters = look_at_server(server, expected)
     if asking is not None:
-        looks.append(compare_answers(server, run, asking))
+        looks.append(compare_answers(server, run.path if run is not None else None, asking))
     now = tuple(expected.adapters.values())
     return Probe(server.url, expected.epoch, tuple(looks), tuple(adapters), now, expected.retired)
 

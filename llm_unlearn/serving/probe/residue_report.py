@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_unlearn.errors import RunError
-from llm_unlearn.exact.adapters import NAME
+from llm_unlearn.exact.adapters import NAME, merged_name
 from llm_unlearn.serving.probe.expected import Expected
 from llm_unlearn.serving.probe.looks import LiveAdapter, Look
 from llm_unlearn.serving.queries import Resident
@@ -100,7 +100,7 @@ def _residents(look: Look, report: Report, expected: Expected) -> dict[str, str]
         elif resident.name not in expected.adapters and resident.state != WITHDRAWN:
             look.notes.append(f"{resident.name} is clean, and not what the run serves now")
     named = {resident.name for resident in report.residents}
-    look.problems += [
+    look.unseen += [
         f"{name} is served by the run, and the server does not name it"
         for name, adapter in expected.adapters.items()
         if adapter.nodes and name not in named
@@ -132,13 +132,18 @@ def _problem_of(resident: Resident, expected: Expected) -> str | None:
 def _memory(report: Report, expected: Expected) -> Look:
     look = Look("its memory")
     residents = {resident.name: resident for resident in report.residents}
+    merged = merged_name((r.name, r.state == WITHDRAWN) for r in report.residents)
     for name, sha in report.memory.items():
         look.examined += 1
-        if name not in residents:
+        if name == merged:
+            look.unseen.append(f"{name} is all of them in one: its weights are unknown here")
+        elif name not in residents:
             look.problems.append(f"{name} is in memory, and not among its adapters")
         else:
             _weights(look, residents[name], sha, expected)
     for name in report.loaded:
+        if name == merged:
+            continue
         if name not in residents:
             look.problems.append(f"{name} is loaded, and not among its adapters")
         elif name not in report.memory:
