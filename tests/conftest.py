@@ -2,12 +2,19 @@
 
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Thousands of small files, synced and removed again, are most of the time on a disk.
+IN_MEMORY = "/dev/shm"
+if os.path.isdir(IN_MEMORY) and shutil.disk_usage(IN_MEMORY).free > 4 << 30:
+    os.environ.setdefault("TMPDIR", IN_MEMORY)
+    tempfile.tempdir = None  # pytest has asked for it already
 
 import pytest
 import torch
