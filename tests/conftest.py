@@ -10,11 +10,6 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# Thousands of small files, synced and removed again, are most of the time on a disk.
-IN_MEMORY = "/dev/shm"
-if os.path.isdir(IN_MEMORY) and shutil.disk_usage(IN_MEMORY).free > 4 << 30:
-    os.environ.setdefault("TMPDIR", IN_MEMORY)
-    tempfile.tempdir = None  # pytest has asked for it already
 
 import pytest
 import torch
@@ -27,6 +22,11 @@ from tests.tiny import make_tiny_model, make_tiny_tokenizer
 torch.set_num_threads(1)
 # The imported libraries hold millions of objects; collecting them over and over is half the time.
 gc.freeze()
+# Thousands of small files, synced and removed again, are most of the time on a disk.
+IN_MEMORY = "/dev/shm"
+if os.path.isdir(IN_MEMORY) and shutil.disk_usage(IN_MEMORY).free > 4 << 30:
+    os.environ.setdefault("TMPDIR", IN_MEMORY)
+    tempfile.tempdir = None  # pytest has asked for it already
 
 
 @pytest.fixture(scope="session")

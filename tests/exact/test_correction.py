@@ -225,5 +225,5 @@ def test_it_survives_kill_9_at_every_point(tmp_path: Path, kind: str) -> None:
     def work() -> None:
         S3TRun.open(path).correct([correction(old_record())])
 
-    points = every_point(prepare, work, check)
-    assert points > 40 and 0 < acknowledged < points
+    points = every_point(prepare, work, check, path)
+    assert points > 25 and 0 < acknowledged < points
