@@ -57,14 +57,40 @@ def kill_at(point: int, places: Sequence[Place] = CHANGES) -> None:
     _around(places, tick)
 
 
-def different_points(work: Callable[[], object], path: Path) -> list[int]:
+def every_point(
+    prepare: Callable[[], object],
+    work: Callable[[], object],
+    check: Callable[[], object],
+    path: Path,
+    places: Sequence[Place] = CHANGES,
+) -> int:
+    """Kill `work`, which changes only what is below `path`, at each point in turn, checking after
+    each, and let it through at last; returns at how many points it left something else there."""
+    prepare()
+    points = _different_points(work, path, places)
+    for point in points:
+        prepare()
+
+        def doomed(point: int = point) -> None:
+            kill_at(point, places)
+            work()
+
+        assert in_child(doomed) is None, f"the child was not killed at point {point}"
+        check()
+    prepare()
+    assert in_child(work) == 0
+    check()
+    return len(points)
+
+
+def _different_points(work: Callable[[], object], path: Path, places: Sequence[Place]) -> list[int]:
     """Where `kill_at` leaves something else below `path` than one point earlier, if that is all that
     `work` changes: a killed process leaves nothing but its files. `work` is done, in a fork."""
     reading, writing = os.pipe()
 
     def watched() -> None:
         states: list[str] = []
-        _around(CHANGES, lambda: states.append(_state_of(path)))
+        _around(places, lambda: states.append(_state_of(path)))
         work()
         found = [1 + i for i, state in enumerate(states) if [state] != states[max(i - 1, 0) : i]]
         os.write(writing, json.dumps(found).encode())

@@ -12,8 +12,8 @@ from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.asks import Ask, Correction, read_corrections
 from llm_unlearn.exact.run import S3TRun
+from tests.exact.killing import every_point
 from tests.exact.methods import METHODS
-from tests.exact.test_crashes import every_point
 from tests.tiny import (
     core_records,
     make_rows,

@@ -7,14 +7,13 @@ kills itself at the n-th; n runs until the child gets through.
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llm_unlearn.exact.run import S3TRun
-from tests.exact.killing import different_points, in_child, kill_at
+from tests.exact.killing import every_point, in_child
 from tests.exact.methods import METHODS
 from tests.tiny import (
     core_records,
@@ -41,28 +40,6 @@ MORE = {
     "lego": {**METHODS["lego"], "num_shards": 3, "placement": placed_by_id(3, 2)},
 }
 VICTIM = "person 4"
-
-
-def every_point(
-    prepare: Callable[[], object], work: Callable[[], None], check: Callable[[], None], path: Path
-) -> int:
-    """Kill `work`, which changes only what is below `path`, at each point in turn, checking after
-    each, and let it through at last; returns at how many points it left something else there."""
-    prepare()
-    points = different_points(work, path)
-    for point in points:
-        prepare()
-
-        def doomed(point: int = point) -> None:
-            kill_at(point)
-            work()
-
-        assert in_child(doomed) is None, f"the child was not killed at point {point}"
-        check()
-    prepare()
-    assert in_child(work) == 0
-    check()
-    return len(points)
 
 
 def names_below(path: Path) -> list[str]:

@@ -26,8 +26,8 @@ from llm_unlearn.exact.adapters import WEIGHTS_NAME
 from llm_unlearn.exact.encryption import ENCRYPTED, KEY_FILE_NAME, SETTINGS_NAME, Encrypted
 from llm_unlearn.exact.key_stores import KeyFile, KeysUnavailable, open_key_store
 from llm_unlearn.exact.run import S3TRun
+from tests.exact.killing import every_point
 from tests.exact.methods import METHODS
-from tests.exact.test_crashes import every_point
 from tests.tiny import (
     load_tiny,
     make_rows,
