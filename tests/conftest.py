@@ -14,8 +14,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 
+from llm_unlearn.console import exit_code_of
 from tests.exact.ledgers import DATABASES, Place
 from tests.postgres import Server, running_server
+from tests.saying import Said, Say
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 # Tiny models are fastest on one thread, and forking a test process is safe only then.
@@ -58,3 +60,21 @@ def without_fsync() -> Iterator[None]:
     original, os.fsync = os.fsync, lambda _descriptor: None
     yield
     os.fsync = original
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """Run `llm-unlearn` with arguments, as a person sees it."""
+    from llm_unlearn.cli import app
+
+    def call(*arguments: object) -> Said:
+        capsys.readouterr()
+        try:
+            code = exit_code_of(lambda: app([str(argument) for argument in arguments]))
+        except SystemExit as done:
+            code = int(done.code or 0)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return Said(code, captured.out, captured.err)
+
+    return call

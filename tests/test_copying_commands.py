@@ -1,7 +1,5 @@
 """`llm-unlearn export`, `copies` and `near-duplicates`, as a person and a machine see them."""
 
-# ruff: noqa: F811 - `say` is a fixture
-
 import json
 import shutil
 import subprocess
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm_unlearn.data.records import make_records
-from tests.test_cli import Say, in_json, one_line, say  # noqa: F401
+from tests.saying import Say, in_json, one_line
 from tests.tiny import make_stub_run, stubbed_training, tiny_records, train_stub
 
 

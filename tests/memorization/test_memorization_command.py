@@ -10,10 +10,9 @@ from llm_unlearn.exact.record_scores import RunTables
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.memorization.observations import Observations
 from llm_unlearn.record_tables import make_table
-from tests.test_cli import Say, in_json, one_line, say
+from tests.saying import Say, in_json, one_line
 from tests.tiny import load_tiny, make_rows, make_run
 
-__all__ = ["say"]  # a fixture
 LEARNT = ["confidence", "entropy", "accuracy", "strict_accuracy", "el2n"]
 
 

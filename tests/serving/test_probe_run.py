@@ -1,7 +1,5 @@
 """`probe RUN`: whatever is planted is found where it is, and what cannot be seen never counts as clean."""
 
-# ruff: noqa: F811 - `say` is a fixture
-
 import json
 import os
 import shutil
@@ -25,7 +23,7 @@ from llm_unlearn.serving.probe.looks import Look, Probe
 from llm_unlearn.serving.probe.probe import probe_run
 from llm_unlearn.serving.probe.processes import look_at_open_files
 from tests.exact.killing import in_child, kill_at
-from tests.test_cli import Say, in_json, one_line, say  # noqa: F401
+from tests.saying import Say, in_json, one_line
 from tests.tiny import core_records, make_stub_run, stubbed_training, tiny_records, train_stub
 
 OPTIONS = {"num_shards": 2, "num_slices": 2, "num_sequences": 2}

@@ -1,7 +1,5 @@
 """`probe URL`: a server that lies is caught where a lie shows, and nothing unseen counts as clean."""
 
-# ruff: noqa: F811 - `say` is a fixture
-
 import copy
 import itertools
 import json
@@ -23,9 +21,9 @@ from llm_unlearn.serving.outside.http_client import Server, read_token
 from llm_unlearn.serving.outside.vllm import Follower
 from llm_unlearn.serving.probe.looks import Probe
 from llm_unlearn.serving.probe.probe import probe, probe_run, probe_server
+from tests.saying import Say, in_json, one_line
 from tests.serving.loopback import Question, Said, running
 from tests.serving.loopback_vllm import LoopbackVllm
-from tests.test_cli import Say, in_json, one_line, say  # noqa: F401
 from tests.tiny import core_records, make_stub_run, stubbed_training, tiny_records, train_stub
 
 OPTIONS: dict[str, Any] = {"num_shards": 2, "num_slices": 2, "num_sequences": 2}

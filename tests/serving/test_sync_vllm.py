@@ -1,7 +1,5 @@
 """`sync-vllm`: what is deleted stops answering first, and every step can be killed and repeated."""
 
-# ruff: noqa: F811 - `say` is a fixture
-
 import shutil
 import signal
 import threading
@@ -22,9 +20,9 @@ from llm_unlearn.serving.outside.vllm import Follower, Synced
 from llm_unlearn.serving.outside.vllm_server import MEMORY
 from llm_unlearn.serving.probe.clean import Clean
 from tests.exact.killing import CHANGES, in_child, kill_at
+from tests.saying import Say, in_json, one_line
 from tests.serving.loopback import running
 from tests.serving.loopback_vllm import LoopbackVllm, error
-from tests.test_cli import Say, in_json, one_line, say  # noqa: F401
 from tests.tiny import core_records, make_stub_run, stubbed_training, tiny_records, train_stub
 
 pytestmark = pytest.mark.usefixtures("without_fsync")
