@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from llm_unlearn.console import exit_code_of
+from llm_unlearn.exact.run import S3TRun
 from tests.exact.ledgers import DATABASES, Place
 from tests.postgres import Server, running_server
 from tests.saying import Said, Say
@@ -60,6 +61,13 @@ def without_fsync() -> Iterator[None]:
     original, os.fsync = os.fsync, lambda _descriptor: None
     yield
     os.fsync = original
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> S3TRun:
+    """A copy of the run that the fixture `trained` of a file made once, to change."""
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    return S3TRun.open(tmp_path / "run")
 
 
 @pytest.fixture

@@ -18,7 +18,11 @@ from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact.certificates import read_certificate
 from llm_unlearn.exact.run import S3TRun
 from tests.saying import Say, in_json, one_line
-from tests.tiny import make_run, make_stub_run, stubbed_training, tiny_records, train_stub
+from tests.tiny import (
+    make_run,
+    make_stub_run,
+    make_trained_stub,
+)
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "peft", "sqlalchemy", "accelerate", "trl")
@@ -26,10 +30,7 @@ HEAVY = ("torch", "transformers", "peft", "sqlalchemy", "accelerate", "trl")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cli") / "run"
-    with stubbed_training():
-        train_stub(make_stub_run(path, tiny_records(), num_shards=2))
-    return path
+    return make_trained_stub(tmp_path_factory.mktemp("cli") / "run", num_shards=2)
 
 
 @pytest.fixture
