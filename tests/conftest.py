@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,6 +14,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from llm_unlearn.console import exit_code_of
 from llm_unlearn.exact.run import S3TRun
@@ -30,6 +32,28 @@ IN_MEMORY = "/dev/shm"
 if os.path.isdir(IN_MEMORY) and shutil.disk_usage(IN_MEMORY).free > 4 << 30:
     os.environ.setdefault("TMPDIR", IN_MEMORY)
     tempfile.tempdir = None  # pytest has asked for it already
+
+
+def shared_by_all() -> dict[str, Any]:
+    """What the tests of a process share, and one file could change for the next."""
+    return {
+        "the environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+        "the current directory": os.getcwd(),
+        "the Hub's client": (constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET),
+        "torch's types": (torch.get_default_dtype(), torch.get_default_device()),
+        "torch's ways": (torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()),
+        "torch's initializers": dict(vars(torch.nn.init)),
+        "fsync": os.fsync,
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """A file that changes these would decide whether another passes, by the order of the files."""
+    before = shared_by_all()
+    yield
+    after = shared_by_all()
+    assert [what for what in before if before[what] != after[what]] == [], "is changed for others"
 
 
 @pytest.fixture(scope="session")
