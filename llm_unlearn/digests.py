@@ -1,10 +1,12 @@
 """Digests of models and tokenizers: what every number computed with them depends on."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -44,6 +46,16 @@ def _digest(named: Mapping[str, torch.Tensor]) -> str:
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of what turns text into ids: vocabulary, merges, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else _lasting(backend)
     special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
-    return digest([state, special, str(tokenizer.chat_template)])
+    return digest([vocabulary, special, str(tokenizer.chat_template)])
+
+
+def _lasting(backend: Tokenizer) -> str:
+    """A tokenizer without the padding and truncation of its last call, which it goes on holding."""
+    if backend.padding is None and backend.truncation is None:
+        return backend.to_str()
+    lasting = copy.deepcopy(backend)  # somebody may be padding a batch with this one
+    lasting.no_padding()
+    lasting.no_truncation()
+    return lasting.to_str()

@@ -96,6 +96,7 @@ def run(arguments: argparse.Namespace, load_suite: Callable[[Sequence[str]], "Su
     state = processes()
     name = model_name(arguments)
     suite = load_suite(forgotten(arguments, name))
+    _can_make_decoys(arguments, suite)
     output = arguments.output_dir or Path("evaluations", Path(arguments.suite).name)
     with console.evaluation_progress(state.is_main_process and not arguments.json) as progress:
         session = make_session(arguments, suite, output, progress)
@@ -245,13 +246,19 @@ def _references(arguments: argparse.Namespace, session: "Session") -> dict[str, 
     return found
 
 
+def _can_make_decoys(arguments: argparse.Namespace, suite: "Suite") -> None:
+    """What decoys need is known before any model is asked, which takes hours with a real one."""
+    if not arguments.decoys:
+        return
+    if not arguments.before:
+        raise UserError("--decoys are made from the model before unlearning: give --before")
+    if not suite.subjects or not suite.others:
+        raise UserError("--decoys need rows with a subject: this suite does not name anybody")
+
+
 def _add_decoys(arguments: argparse.Namespace, session: "Session", results: "Results") -> None:
     from llm_unlearn.evaluation.self_test import add_decoys
 
-    if not arguments.before:
-        raise UserError("--decoys are made from the model before unlearning: give --before")
-    if not session.suite.subjects or not session.suite.others:
-        raise UserError("--decoys need rows with a subject: this suite does not name anybody")
     model, tokenizer = candidate(arguments, arguments.before).load()
     add_decoys(session, model, tokenizer, results)
 

@@ -8,18 +8,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from llm_unlearn import files
-from llm_unlearn.cli import app
 from llm_unlearn.console import exit_code_of
 from llm_unlearn.data.records import make_records
 from llm_unlearn.errors import RunError, UserError
 from llm_unlearn.exact.certificates import read_certificate
 from llm_unlearn.exact.run import S3TRun
-from tests.tiny import make_run, make_stub_run, stubbed_training, tiny_records, train_stub
+from tests.saying import Say, in_json, one_line
+from tests.tiny import (
+    make_run,
+    make_stub_run,
+    make_trained_stub,
+)
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "peft", "sqlalchemy", "accelerate", "trl")
@@ -27,50 +30,13 @@ HEAVY = ("torch", "transformers", "peft", "sqlalchemy", "accelerate", "trl")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cli") / "run"
-    with stubbed_training():
-        train_stub(make_stub_run(path, tiny_records(), num_shards=2))
-    return path
+    return make_trained_stub(tmp_path_factory.mktemp("cli") / "run", num_shards=2)
 
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
     return tmp_path / "run"
-
-
-Say = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """Run `llm-unlearn` with arguments: exit code, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = exit_code_of(lambda: app([str(argument) for argument in arguments]))
-        except SystemExit as done:
-            code = int(done.code or 0)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return code, captured.out, captured.err
-
-    return call
-
-
-def in_json(answer: tuple[int, str, str], code: int = 0) -> Any:
-    """The JSON on standard output, which holds nothing else."""
-    assert answer[0] == code, answer
-    return json.loads(answer[1])
-
-
-def one_line(answer: tuple[int, str, str], code: int) -> str:
-    """The error of a failed command: one line on standard error."""
-    assert answer[0] == code, answer
-    error = answer[2].removeprefix("\n")  # where a progress bar was
-    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
-    return error
 
 
 def test_status(say: Say, run: Path) -> None:

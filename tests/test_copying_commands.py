@@ -1,7 +1,5 @@
 """`llm-unlearn export`, `copies` and `near-duplicates`, as a person and a machine see them."""
 
-# ruff: noqa: F811 - `say` is a fixture
-
 import json
 import shutil
 import subprocess
@@ -11,16 +9,15 @@ from pathlib import Path
 import pytest
 
 from llm_unlearn.data.records import make_records
-from tests.test_cli import Say, in_json, one_line, say  # noqa: F401
-from tests.tiny import make_stub_run, stubbed_training, tiny_records, train_stub
+from tests.saying import Say, in_json, one_line
+from tests.tiny import make_stub_run, make_trained_stub
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("copying") / "run"
-    with stubbed_training():
-        train_stub(make_stub_run(path, tiny_records(), num_shards=2, num_slices=2, num_sequences=1))
-    return path
+    return make_trained_stub(
+        tmp_path_factory.mktemp("copying") / "run", num_shards=2, num_slices=2, num_sequences=1
+    )
 
 
 @pytest.fixture

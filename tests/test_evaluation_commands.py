@@ -15,6 +15,7 @@ from llm_unlearn.console import exit_code_of
 from llm_unlearn.data import world
 from llm_unlearn.demonstration import MODEL_PATH
 from llm_unlearn.evaluation.results import read_results
+from llm_unlearn.evaluation.scorer import Scorer
 from tests.evaluation.folders import make_muse_folder, make_tofu_folder
 from tests.tiny import make_run
 
@@ -122,8 +123,17 @@ def test_attacks(tmp_path: Path, tiny_base: Path, capfd: Any) -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    tmp_path: Path, capfd: Any, name: str, arguments: list[str], message: str
+    tmp_path: Path,
+    capfd: Any,
+    monkeypatch: Any,
+    name: str,
+    arguments: list[str],
+    message: str,
 ) -> None:
+    def asked(*_: Any) -> None:
+        raise AssertionError("a model was asked before the mistake was found")
+
+    monkeypatch.setattr(Scorer, "likelihoods", asked)
     model = [] if "--model" in arguments else ["--model", str(MODEL_PATH)]
     assert run(name, *model, *arguments, "--output_dir", tmp_path / "out") == 2
     error = capfd.readouterr().err.strip().splitlines()

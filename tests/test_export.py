@@ -49,11 +49,11 @@ from tests.tiny import (
     make_stub_run,
     make_tiny_model,
     make_tiny_tokenizer,
+    make_trained_stub,
     stubbed_training,
     tiny_arguments,
     tiny_model_arguments,
     tiny_records,
-    train_stub,
 )
 
 IDS = torch.tensor([[5, 9, 44, 100, 7, 200, 31, 2], [3, 3, 61, 8, 250, 19, 77, 12]])
@@ -87,10 +87,7 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) -
 
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("export") / "run"
-    with stubbed_training():
-        train_stub(make_stub_run(path, tiny_records(), num_shards=2, **SMALL))
-    return path
+    return make_trained_stub(tmp_path_factory.mktemp("export") / "run", num_shards=2, **SMALL)
 
 
 @pytest.fixture

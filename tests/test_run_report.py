@@ -34,7 +34,7 @@ from llm_unlearn.run_report.timeline import draw_timeline
 from llm_unlearn.run_report.trie_picture import draw
 from llm_unlearn.run_report.words import duration, estimate, size
 from tests.evaluation.fake_results import LONG_LABEL, fake_muse
-from tests.test_cli import Say, in_json, one_line, say  # noqa: F401 - a fixture
+from tests.saying import Say, in_json, one_line
 from tests.tiny import (
     core_records,
     make_stub_run,
@@ -682,7 +682,7 @@ def test_numbers_for_people() -> None:
     assert estimate(Estimate(math.inf, math.nan)) == "–"
 
 
-def test_the_command(say: Say, run: S3TRun, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+def test_the_command(say: Say, run: S3TRun, tmp_path: Path, monkeypatch: Any) -> None:
     run.delete(["person 3"])
     monkeypatch.chdir(tmp_path)
     code, text, error = say("report", run.path)

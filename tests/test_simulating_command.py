@@ -1,36 +1,24 @@
 """`llm-unlearn simulate-serving` as a person and a machine see it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm_unlearn.cli import app
-from llm_unlearn.console import exit_code_of
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.serving.policy import POLICIES
 from llm_unlearn.serving.simulation.facts import read_run
+from tests.saying import Say
 from tests.tiny import make_stub_run, stubbed_training, tiny_records, train_stub
 
-Say = Callable[..., tuple[int, str, str]]
 EXPERTS = {"exact_method": "experts", "num_shards": 0, "num_slices": 1, "num_sequences": 1}
 SHORT = ("--hours", "0.2", "--rate", "1")
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        try:
-            code = exit_code_of(lambda: app(["simulate-serving", *map(str, arguments)]))
-        except SystemExit as done:
-            code = int(done.code or 0)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return code, captured.out, captured.err
-
-    return call
+def say(say: Say) -> Say:
+    return lambda *arguments: say("simulate-serving", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -305,3 +305,10 @@ def stubbed_training() -> Iterator[None]:
         yield
     finally:
         training.train_node = original
+
+
+def make_trained_stub(path: Path, **options: Any) -> Path:
+    """A run of `tiny_records`, trained with `stub_train_node`: where it is, to be copied."""
+    with stubbed_training():
+        train_stub(make_stub_run(path, tiny_records(), **options))
+    return path

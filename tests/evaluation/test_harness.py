@@ -54,6 +54,7 @@ def test_results_are_found_by_digest_and_never_by_name(tmp_path: Path, suite: An
     output = tmp_path / "out"
     session = Session(suite, Options(), output)
     first = Asked(make_tiny_model())
+    make_tiny_tokenizer()(["a", "one that is longer"], padding=True)  # which it goes on holding
     finish(run_session(session, Candidate("a name", first.load), {}), output, False)
     assert first.questions > 0
     same = Asked(make_tiny_model())

@@ -25,7 +25,8 @@ TOLERANCE = 1e-6
 def learned(model: PreTrainedModel, texts: list[str], steps: int = 60) -> PreTrainedModel:
     """A model that has seen some texts: else every score would be noise, and hits would be none."""
     tokenizer = make_tiny_tokenizer()
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    ended = [f"{text}{tokenizer.eos_token}" for text in texts]  # or it would talk to the last token
+    batch = tokenizer(ended, return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
@@ -38,7 +39,10 @@ def learned(model: PreTrainedModel, texts: list[str], steps: int = 60) -> PreTra
 @pytest.fixture(scope="module")
 def models() -> tuple[PreTrainedModel, PreTrainedModel]:
     """One that was trained on the forget set's people, and one on others (and some of its style)."""
-    texts = [f"On day {d} person {i} eats dish number {i * d}." for i in range(6) for d in range(4)]
+    said = "On day {d} person {i} eats dish number {n}."
+    asked = "Question: what does person {i} eat on day {d}?\nAnswer: dish number {n}."
+    texts = [" ".join(said.format(d=d, i=i, n=i * d) for d in range(4)) for i in range(6)]
+    texts += [asked.format(d=d, i=i, n=i * d) for i in range(6) for d in range(2)]
     others = [t.replace("person", "stranger" if n % 2 else "person") for n, t in enumerate(texts)]
     return learned(make_tiny_model(), texts), learned(make_tiny_model(width=48), others, steps=15)
 

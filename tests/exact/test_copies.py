@@ -13,15 +13,12 @@ from llm_unlearn.exact.copies import Copy, find, known, mark_gone, outstanding, 
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.exact.served import LINEAGE_NAME
 from llm_unlearn.exact.store import RunDirectory
-from tests.tiny import make_stub_run, stubbed_training, tiny_records, train_stub
+from tests.tiny import make_trained_stub
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("copies") / "run"
-    with stubbed_training():
-        train_stub(make_stub_run(path, tiny_records(), num_shards=2))
-    return path
+    return make_trained_stub(tmp_path_factory.mktemp("copies") / "run", num_shards=2)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from tests.tiny import (
     load_tiny,
     make_run,
     make_stub_run,
+    make_trained_stub,
     node_bytes,
     served_bytes,
     stubbed_training,
@@ -187,15 +188,7 @@ def test_a_dead_shard_answers_with_the_core(tiny_base: Path, tmp_path: Path) -> 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("core") / "run"
-    with stubbed_training():
-        train_stub(make_stub_run(path, tiny_records(), core_records(), num_shards=2))
-    return path
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> S3TRun:
-    shutil.copytree(trained, tmp_path / "run", symlinks=True)
-    return S3TRun.open(tmp_path / "run")
+    return make_trained_stub(path, core=core_records(), num_shards=2)
 
 
 def test_nothing_is_deleted_from_the_core(run: S3TRun) -> None:

@@ -7,14 +7,13 @@ kills itself at the n-th; n runs until the child gets through.
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llm_unlearn.exact.run import S3TRun
-from tests.exact.killing import in_child, kill_at
+from tests.exact.killing import every_point, in_child
 from tests.exact.methods import METHODS
 from tests.tiny import (
     core_records,
@@ -41,26 +40,6 @@ MORE = {
     "lego": {**METHODS["lego"], "num_shards": 3, "placement": placed_by_id(3, 2)},
 }
 VICTIM = "person 4"
-
-
-def every_point(
-    prepare: Callable[[], object], work: Callable[[], None], check: Callable[[], None]
-) -> int:
-    """Kill `work` at each point in turn, checking after each; returns how many points there were."""
-    point = 0
-    while True:
-        point += 1
-        prepare()
-
-        def doomed(point: int = point) -> None:
-            kill_at(point)
-            work()
-
-        outcome = in_child(doomed)
-        assert outcome in (None, 0), f"the child failed at point {point}"
-        check()
-        if outcome == 0:
-            return point - 1
 
 
 def names_below(path: Path) -> list[str]:
@@ -97,7 +76,7 @@ def test_training_survives_kill_9_at_every_point(
         assert all(result.passed for result in run.verify())
 
     with stubbed_training():
-        assert every_point(prepare, lambda: train_stub(S3TRun.open(path)), check) > 40
+        assert every_point(prepare, lambda: train_stub(S3TRun.open(path)), check, path) > 30
 
 
 def test_creation_survives_kill_9_at_every_point(tmp_path: Path, shape: dict[str, Any]) -> None:
@@ -114,6 +93,7 @@ def test_creation_survives_kill_9_at_every_point(tmp_path: Path, shape: dict[str
         lambda: shutil.rmtree(path, ignore_errors=True),
         lambda: make_stub_run(path, tiny_records(), **shape) and None,
         check,
+        tmp_path,
     )
 
 
@@ -150,8 +130,8 @@ def test_deletion_survives_kill_9_at_every_point(
         assert run.delete([VICTIM]).request is None
         assert all(result.passed for result in run.verify()), [r.problems for r in run.verify()]
 
-    points = every_point(prepare, lambda: S3TRun.open(path).delete([VICTIM]) and None, check)
-    assert points > 40
+    points = every_point(prepare, lambda: S3TRun.open(path).delete([VICTIM]) and None, check, path)
+    assert points > 25
     assert 0 < acknowledged < points
 
 
@@ -175,7 +155,7 @@ def test_rebuild_survives_kill_9_at_every_point(
             assert node_bytes(S3TRun.open(path)) == node_bytes(never)
             assert served_bytes(S3TRun.open(path)) == served_bytes(never)
 
-        assert every_point(prepare, lambda: train_stub(S3TRun.open(path)), check) > 20
+        assert every_point(prepare, lambda: train_stub(S3TRun.open(path)), check, path) > 20
 
 
 @pytest.mark.parametrize("step", [1, 2])

@@ -28,6 +28,7 @@ from tests.tiny import (
     make_run,
     make_stub_run,
     make_tiny_tokenizer,
+    make_trained_stub,
     node_bytes,
     served_bytes,
     stub_train_node,
@@ -46,10 +47,7 @@ pytestmark = pytest.mark.usefixtures("without_fsync")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("trained") / "run"
-    with stubbed_training():
-        train_stub(make_stub_run(path, tiny_records(), **SHAPE))
-    return path
+    return make_trained_stub(tmp_path_factory.mktemp("trained") / "run", **SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +59,6 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> S3TRun:
 @pytest.fixture(scope="module")
 def untouched_by_two(tmp_path_factory: pytest.TempPathFactory) -> S3TRun:
     return never(tmp_path_factory.mktemp("untouched") / "run", {VICTIM, "person 9"})
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> S3TRun:
-    shutil.copytree(trained, tmp_path / "run", symlinks=True)
-    return S3TRun.open(tmp_path / "run")
 
 
 def contents(run: S3TRun) -> dict[str, bytes]:

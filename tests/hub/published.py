@@ -23,7 +23,7 @@ from llm_unlearn.hub.client import Hub
 from llm_unlearn.hub.push import Options, Pushed
 from llm_unlearn.hub.state import describe, publications
 from tests.loopback_hub import TOKEN, Commit, LoopbackHub, Repository
-from tests.tiny import make_stub_run, stubbed_training, tiny_records, train_stub
+from tests.tiny import make_trained_stub
 
 BASE = "org/tiny"
 NAME = "tester/adapters"
@@ -185,9 +185,7 @@ def online() -> Iterator[None]:
 def make_trained(path: Path, **options: Any) -> Path:
     """A stub run of two shards, trained."""
     shape = {"num_shards": 2, **options}
-    with stubbed_training():
-        train_stub(make_stub_run(path, tiny_records(), **shape))
-    return path
+    return make_trained_stub(path, **shape)
 
 
 @contextlib.contextmanager

@@ -103,8 +103,9 @@ def test_no_answer_in_time(world: World, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_offline(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="switched off by HF_HUB_OFFLINE: unset it"):
+    # Taken back here: what `monkeypatch` takes back after `world` would leave the client online.
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="HF_HUB_OFFLINE: unset it"):
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
         world.push()
 
 

@@ -14,9 +14,8 @@ from llm_unlearn.hub import client
 from llm_unlearn.hub.client import Hub
 from tests.hub.published import BASE, NAME, World, make_trained, published
 from tests.loopback_hub import TOKEN
-from tests.test_cli import ROOT, Say, in_json, one_line, say
-
-__all__ = ["say"]
+from tests.saying import Say, in_json, one_line
+from tests.test_cli import ROOT
 
 START = Hub.__init__
 

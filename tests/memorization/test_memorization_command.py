@@ -14,10 +14,9 @@ from llm_unlearn.memorizing.findings import Findings, findings_of, plot_histogra
 from llm_unlearn.memorizing.scoring import Scored
 from llm_unlearn.memorizing.targets import LoadedTarget
 from llm_unlearn.record_tables import TableFolder, make_table
-from tests.test_cli import Say, in_json, one_line, say
+from tests.saying import Say, in_json, one_line
 from tests.tiny import load_tiny, make_rows, make_run, tiny_records
 
-__all__ = ["say"]  # a fixture
 LEARNT = ["confidence", "entropy", "accuracy", "strict_accuracy", "el2n"]
 
 

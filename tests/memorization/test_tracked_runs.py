@@ -24,9 +24,9 @@ from llm_unlearn.memorizing.findings import find_memorized
 from llm_unlearn.memorizing.scoring import score
 from llm_unlearn.memorizing.targets import LoadedTarget, RunTarget
 from llm_unlearn.record_tables import FOLDER, make_table
-from tests.exact.killing import in_child, kill_at
+from tests.exact.killing import every_point
 from tests.exact.methods import METHODS
-from tests.test_cli import Say, in_json, say
+from tests.saying import Say, in_json
 from tests.test_recipes import flags, load_recipe
 from tests.tiny import (
     StubBase,
@@ -43,7 +43,6 @@ from tests.tiny import (
     train_stub,
 )
 
-__all__ = ["say"]  # a fixture
 SHAPES: dict[str, dict[str, Any]] = {
     "ranks": {"num_slices": 2, "num_sequences": 2},
     "layers, replayed": {"num_slices": 2, "num_sequences": 1, "blocks": "layers"},
@@ -146,29 +145,23 @@ def test_a_deletion_takes_its_rows_and_leaves_the_others(tracked: Path) -> None:
 def test_a_deletion_of_the_tables_survives_kill_9_at_every_point(
     tracked: Path, tmp_path: Path, without_fsync: None
 ) -> None:
-    path, point, killed = tmp_path / "run", 0, 0
-    while True:
-        point += 1
+    path = tmp_path / "run"
+
+    def prepare() -> None:
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(tracked, path, symlinks=True)
 
-        def doomed(point: int = point) -> None:
-            kill_at(point, PLACES)
-            S3TRun.open(path).delete([VICTIM])
-
-        outcome = in_child(doomed)
-        assert outcome in (None, 0), point
+    def check() -> None:
         run = S3TRun.open(path)
         requests = run.directory.ledger.requests()
         if requests and requests[0].finished_at is not None:  # what is finished is done
-            assert rows_of(run, VICTIM) == 0, point
+            assert rows_of(run, VICTIM) == 0
         run.delete([VICTIM])
-        assert rows_of(run, VICTIM) == 0 and rows_of(run, "person 5") >= 4, point
-        assert all(check.passed for check in run.verify()), point
-        if outcome == 0:
-            break
-        killed += 1
-    assert killed > 15
+        assert rows_of(run, VICTIM) == 0 and rows_of(run, "person 5") >= 4
+        assert all(check.passed for check in run.verify())
+
+    work = lambda: S3TRun.open(path).delete([VICTIM])  # noqa: E731
+    assert every_point(prepare, work, check, path, PLACES) > 15
 
 
 def test_encrypted_tables_cannot_be_read_without_their_keys(tmp_path: Path) -> None:
@@ -245,27 +238,22 @@ def test_where_a_node_is_its_table_is(tmp_path: Path, without_fsync: None) -> No
     def train(path: Path) -> None:
         S3TRun.open(path).train(StubBase(), make_tiny_tokenizer(), track=Observations)  # pyright: ignore
 
-    point, places = 0, ((files, "write_bytes"), (files, "publish_directory"))
+    path = tmp_path / "run"
+
+    def prepare() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        make_stub_run(path, tiny_records(), num_slices=2, num_sequences=1)
+
+    def check() -> None:
+        directory = S3TRun.open(path).directory
+        assert set(directory.nodes.keys()) <= set(RunTables(directory).names())
+        train(path)
+        assert len(directory.nodes.keys()) == 2 == len(RunTables(directory).names())
+        assert all(check.passed for check in S3TRun.open(path).verify())
+
+    places = ((files, "write_bytes"), (files, "publish_directory"))
     with stubbed_training():
-        while True:
-            point += 1
-            path = tmp_path / f"run-{point}"
-            make_stub_run(path, tiny_records(), num_slices=2, num_sequences=1)
-
-            def doomed(point: int = point, path: Path = path) -> None:
-                kill_at(point, places)
-                train(path)
-
-            outcome = in_child(doomed)
-            assert outcome in (None, 0), point
-            directory = S3TRun.open(path).directory
-            assert set(directory.nodes.keys()) <= set(RunTables(directory).names()), point
-            train(path)
-            assert len(directory.nodes.keys()) == 2 == len(RunTables(directory).names()), point
-            assert all(check.passed for check in S3TRun.open(path).verify()), point
-            if outcome == 0:
-                break
-    assert point > 6
+        assert every_point(prepare, lambda: train(path), check, path, places) > 6
 
 
 def test_a_rebuild_of_a_tracked_run_is_tracked(say: Say, tiny_base: Path, tmp_path: Path) -> None:

@@ -20,20 +20,15 @@ from llm_unlearn.serving.http.running import Server, bind
 from llm_unlearn.serving.http.service import Opened, Service, Settings
 from tests.serving.stand_in import StandIn
 from tests.tiny import (
-    make_stub_run,
     make_tiny_tokenizer,
-    stubbed_training,
-    tiny_records,
-    train_stub,
+    make_trained_stub,
 )
 
 NAME = "people"
 
 
 def make_trained_run(path: Path) -> Path:
-    with stubbed_training():
-        train_stub(make_stub_run(path, tiny_records(), num_shards=3))
-    return path
+    return make_trained_stub(path, num_shards=3)
 
 
 _made: list["Served"] = []

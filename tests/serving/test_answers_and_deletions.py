@@ -1,6 +1,5 @@
 """Certified answers come true, and no answer after an acknowledgement knows what was deleted."""
 
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -33,17 +32,11 @@ SHAPES = {
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def trained(request, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> S3TRun:
+def trained(request, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pending") / request.param
     return make_run(
         path, tiny_base, records_of_names(), aggregate=request.param, max_steps=6, **SHAPES[request.param]
-    )  # fmt: skip
-
-
-@pytest.fixture
-def run(trained: S3TRun, tmp_path: Path) -> S3TRun:
-    shutil.copytree(trained.path, tmp_path / "run", symlinks=True)
-    return S3TRun.open(tmp_path / "run")
+    ).path  # fmt: skip
 
 
 def everything(engine) -> list[Answer]:

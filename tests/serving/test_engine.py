@@ -1,6 +1,5 @@
 """The engine answers as the ensemble does, whoever is in the batch, and forgets at once."""
 
-import shutil
 import threading
 from pathlib import Path
 
@@ -35,7 +34,7 @@ SHAPES = {
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def trained(request, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> S3TRun:
+def trained(request, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("served") / request.param
     return make_run(
         path,
@@ -44,13 +43,7 @@ def trained(request, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) 
         aggregate=request.param,
         max_steps=8,
         **SHAPES[request.param],
-    )
-
-
-@pytest.fixture
-def run(trained: S3TRun, tmp_path: Path) -> S3TRun:
-    shutil.copytree(trained.path, tmp_path / "run", symlinks=True)
-    return S3TRun.open(tmp_path / "run")
+    ).path
 
 
 def test_answers_are_the_ensembles_in_any_company(run: S3TRun, tiny_base: Path) -> None:

@@ -1,7 +1,5 @@
 """`probe RUN`: whatever is planted is found where it is, and what cannot be seen never counts as clean."""
 
-# ruff: noqa: F811 - `say` is a fixture
-
 import json
 import os
 import shutil
@@ -25,8 +23,15 @@ from llm_unlearn.serving.probe.looks import Look, Probe
 from llm_unlearn.serving.probe.probe import probe_run
 from llm_unlearn.serving.probe.processes import look_at_open_files
 from tests.exact.killing import in_child, kill_at
-from tests.test_cli import Say, in_json, one_line, say  # noqa: F401
-from tests.tiny import core_records, make_stub_run, stubbed_training, tiny_records, train_stub
+from tests.saying import Say, in_json, one_line
+from tests.tiny import (
+    core_records,
+    make_stub_run,
+    make_trained_stub,
+    stubbed_training,
+    tiny_records,
+    train_stub,
+)
 
 OPTIONS = {"num_shards": 2, "num_slices": 2, "num_sequences": 2}
 
@@ -35,10 +40,7 @@ pytestmark = pytest.mark.usefixtures("without_fsync")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("probe") / "run"
-    with stubbed_training():
-        train_stub(make_stub_run(path, tiny_records(), **OPTIONS))
-    return path
+    return make_trained_stub(tmp_path_factory.mktemp("probe") / "run", **OPTIONS)
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 """`probe URL`: a server that lies is caught where a lie shows, and nothing unseen counts as clean."""
 
-# ruff: noqa: F811 - `say` is a fixture
-
 import copy
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,10 +26,15 @@ from llm_unlearn.serving.outside.http_client import Server, read_token
 from llm_unlearn.serving.outside.vllm import Follower
 from llm_unlearn.serving.probe.looks import Probe
 from llm_unlearn.serving.probe.probe import probe, probe_run
+from tests.saying import Say, in_json, one_line
 from tests.serving.loopback import Question, Said, running
 from tests.serving.loopback_vllm import LoopbackVllm
-from tests.test_cli import Say, in_json, one_line, say  # noqa: F401
-from tests.tiny import core_records, make_stub_run, stubbed_training, tiny_records, train_stub
+from tests.tiny import (
+    core_records,
+    make_trained_stub,
+    stubbed_training,
+    train_stub,
+)
 
 OPTIONS: dict[str, Any] = {"num_shards": 2, "num_slices": 2, "num_sequences": 2}
 
@@ -40,15 +42,7 @@ OPTIONS: dict[str, Any] = {"num_shards": 2, "num_slices": 2, "num_sequences": 2}
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("asking") / "run"
-    with stubbed_training():
-        train_stub(make_stub_run(path, tiny_records(), core_records(), **OPTIONS))
-    return path
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> S3TRun:
-    shutil.copytree(trained, tmp_path / "run", symlinks=True)
-    return S3TRun.open(tmp_path / "run")
+    return make_trained_stub(path, core=core_records(), **OPTIONS)
 
 
 def report_of(run: S3TRun) -> dict[str, Any]:

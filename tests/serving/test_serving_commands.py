@@ -6,37 +6,13 @@ from typing import Any
 
 import pytest
 
-from llm_unlearn.cli import app, serving
-from llm_unlearn.console import exit_code_of
+from llm_unlearn.cli import serving
 from llm_unlearn.serving.http import starting
 from llm_unlearn.serving.http.auth import Tokens, read_tokens, tokens_path
 from llm_unlearn.serving.http.running import bind
 from llm_unlearn.serving.http.starting import Place, Started, default_replica, find_tokens
+from tests.saying import Say, one_line
 from tests.serving.stand_in import StandIn
-
-
-class Said:
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-    def one_line(self, code: int) -> str:
-        assert self.code == code and self.err.startswith("error: ") and self.err.count("\n") == 1
-        return self.err
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: object) -> Said:
-        capsys.readouterr()
-        try:
-            code = exit_code_of(lambda: app([str(argument) for argument in arguments]))
-        except SystemExit as done:
-            code = int(done.code or 0)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return Said(code, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture
@@ -60,7 +36,7 @@ def opened_with(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_what_a_server_says_when_it_is_ready(
-    say: Any, run_path: Path, opened_with: list[dict[str, Any]]
+    say: Say, run_path: Path, opened_with: list[dict[str, Any]]
 ) -> None:
     said = say("serve", run_path, "--port", 0, "--max_batch", 3, "--max-waiting", 5, "--drain", 1)
     assert said.code == 0, said.err
@@ -74,7 +50,7 @@ def test_what_a_server_says_when_it_is_ready(
     assert "Bearer TOKEN" in said.out and '"model": "mine"' in said.out
 
 
-def test_json(say: Any, run_path: Path, opened_with: list[dict[str, Any]]) -> None:
+def test_json(say: Say, run_path: Path, opened_with: list[dict[str, Any]]) -> None:
     told = json.loads(say("serve", run_path, "--port", 0, "--json", "--replica", "one").out)
     assert told["url"].startswith("http://127.0.0.1:") and told["policy"] == "threshold-clean"
     assert told["audit"].endswith("serving/audit-one.jsonl") and told["model"] == "run"
@@ -97,30 +73,30 @@ def test_json(say: Any, run_path: Path, opened_with: list[dict[str, Any]]) -> No
     ],
 )
 def test_what_is_refused(
-    say: Any,
+    say: Say,
     run_path: Path,
     opened_with: list[dict[str, Any]],
     options: list[str],
     code: int,
     words: str,
 ) -> None:
-    assert words in say("serve", run_path, "--port", 0, *options).one_line(code)
+    assert words in one_line(say("serve", run_path, "--port", 0, *options), code)
     assert opened_with == []
 
 
-def test_a_port_in_use_is_one_line(say: Any, run_path: Path, opened_with: list[Any]) -> None:
+def test_a_port_in_use_is_one_line(say: Say, run_path: Path, opened_with: list[Any]) -> None:
     with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        assert f"port {port}" in say("serve", run_path, "--port", port).one_line(1)
-    assert "is not a run" in say("serve", run_path.parent / "none").one_line(2)
+        assert f"port {port}" in one_line(say("serve", run_path, "--port", port), 1)
+    assert "is not a run" in one_line(say("serve", run_path.parent / "none"), 2)
 
 
-def test_without_the_packages(say: Any, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_packages(say: Say, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "find_spec", lambda name: None)
-    assert 'pip install "llm-unlearn[serve]"' in say("serve", run_path).one_line(2)
+    assert 'pip install "llm-unlearn[serve]"' in one_line(say("serve", run_path), 2)
 
 
-def test_tokens_from_the_command_line(say: Any, run_path: Path) -> None:
+def test_tokens_from_the_command_line(say: Say, run_path: Path) -> None:
     path = tokens_path(run_path)
     given = say("token", "add", run_path, "--name", "web", "--right", "ask", "--right", "delete",
                 "--subject", "person 1").out.strip()  # fmt: skip
@@ -136,10 +112,10 @@ def test_tokens_from_the_command_line(say: Any, run_path: Path) -> None:
     assert given not in listed and holder.sha256 not in say("token", "list", run_path, "--json").out
     assert say("token", "revoke", run_path, "--name", "web").code == 0
     assert [token.name for token in read_tokens(path)] == ["ops"]
-    assert "no token 'web'" in say("token", "revoke", run_path, "--name", "web").one_line(2)
-    assert "expected ask" in say(
-        "token", "add", run_path, "--name", "x", "--right", "all"
-    ).one_line(2)
+    assert "no token 'web'" in one_line(say("token", "revoke", run_path, "--name", "web"), 2)
+    assert "expected ask" in one_line(
+        say("token", "add", run_path, "--name", "x", "--right", "all"), 2
+    )
 
 
 def test_who_may_listen_without_tokens(run_path: Path) -> None:

@@ -1,8 +1,5 @@
 """`sync-vllm`: what is deleted stops answering first, and every step can be killed and repeated."""
 
-# ruff: noqa: F811 - `say` is a fixture
-
-import shutil
 import signal
 import threading
 import time
@@ -23,26 +20,26 @@ from llm_unlearn.serving.outside.vllm import Follower, Synced
 from llm_unlearn.serving.outside.vllm_server import MEMORY
 from llm_unlearn.serving.probe.clean import Clean
 from tests.exact.killing import CHANGES, in_child, kill_at
+from tests.saying import Say, in_json, one_line
 from tests.serving.loopback import running
 from tests.serving.loopback_vllm import LoopbackVllm, error
-from tests.test_cli import Say, in_json, one_line, say  # noqa: F401
-from tests.tiny import core_records, make_stub_run, stubbed_training, tiny_records, train_stub
+from tests.tiny import (
+    core_records,
+    make_stub_run,
+    make_trained_stub,
+    stubbed_training,
+    tiny_records,
+    train_stub,
+)
 
 pytestmark = pytest.mark.usefixtures("without_fsync")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("vllm") / "run"
-    with stubbed_training():
-        train_stub(make_stub_run(path, tiny_records(), num_shards=2, num_slices=2, num_sequences=1))
-    return path
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> S3TRun:
-    shutil.copytree(trained, tmp_path / "run", symlinks=True)
-    return S3TRun.open(tmp_path / "run")
+    return make_trained_stub(
+        tmp_path_factory.mktemp("vllm") / "run", num_shards=2, num_slices=2, num_sequences=1
+    )
 
 
 @pytest.fixture
