@@ -391,12 +391,13 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
             return names
         library = self.library
         before = library.loads, library.changes
-        slots = library.require(names)
-        if library.loads != before[0]:
-            self.mixing.cover(self.model)
-        if library.changes != before[1]:
-            self.mixing.forget()  # a slot of the same name holds something else
-        return slots
+        try:
+            return library.require(names)
+        finally:  # also where some are loaded and another cannot be
+            if library.loads != before[0]:
+                self.mixing.cover(self.model)
+            if library.changes != before[1]:
+                self.mixing.forget()  # a slot of the same name holds something else
 
     @torch.no_grad()
     def vote(
@@ -423,7 +424,7 @@ class ShardEnsemble(PreTrainedModel, GenerationMixin):
         )
         routing = self._routing_of([everybody(self.num_shards)] * len(input_ids))
         logits = self._ask(routing, input_ids, attention_mask, options).logits[:, -1, label_ids]
-        choices_mB = logits.argmax(dim=-1).view(self.num_shards, input_ids.shape[0])
+        choices_mB = logits.argmax(dim=-1).view(-1, input_ids.shape[0])
         tally_BC = torch.nn.functional.one_hot(choices_mB, len(label_ids)).sum(dim=0)
         return tally_BC.argmax(dim=-1), tally_BC
 

@@ -1,7 +1,6 @@
 """The served adapters of a run on one base model, of which only the last used stay loaded."""
 
 import json
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -14,14 +13,13 @@ from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
 from llm_unlearn.errors import UserError
-from llm_unlearn.exact.adapters import CONFIG_NAME, Tensors
+from llm_unlearn.exact.adapters import CONFIG_NAME, MERGED, Tensors
 from llm_unlearn.exact.mixing import PARTS
 from llm_unlearn.exact.routing import BASE
 from llm_unlearn.exact.served import depth_of, read_lineage, words_path
 from llm_unlearn.exact.trie import CORE_STAGE
 
 CAPACITY = 64
-MERGED = "merged"
 
 
 class ServedChangedError(OSError):
@@ -64,7 +62,7 @@ class Library:
         self.contents: dict[str, str | None] = {}
         self._configs: dict[str, Any] = {}  # by slot
         self.spare: dict[str, Any] = {}  # slots of zeros, with the configuration they have
-        self._hold(first, _slot(0))
+        self._hold(first, _slot(0), self._config(first))
         self.loads, self.changes = 1, 0
         self.model = PeftModel.from_pretrained(
             base, str(self.directories[first]), adapter_name=_slot(0)
@@ -75,13 +73,15 @@ class Library:
 
     def _read(self, withdrawn: Collection[str] = ()) -> list[str]:
         """Look what is served; returns whose adapters are not those of nobody."""
-        self.directories = {
-            path.name: path
-            for path in sorted(self.served.glob("shard-*"), key=lambda p: int(p.name[6:]))
-        }
-        self.lineages = {name: read_lineage(path) for name, path in self.directories.items()}
-        core = self.served / "core"
-        self.nobody = core.name if core.is_dir() else BASE
+        generation = None
+        while generation != (generation := self.served.resolve()):  # all of it of one generation
+            self.directories = {
+                path.name: path
+                for path in sorted(self.served.glob("shard-*"), key=lambda p: int(p.name[6:]))
+            }
+            self.lineages = {name: read_lineage(path) for name, path in self.directories.items()}
+            core = self.served / "core"
+            self.nobody = core.name if core.is_dir() else BASE
         self.names = [
             name if depth_of(lineage) and name not in withdrawn else self.nobody
             for name, lineage in self.lineages.items()
@@ -111,10 +111,13 @@ class Library:
         slot = self.slots.pop(name)
         del self.contents[name]
         self.changes += 1
+        self._zero(slot)
+        self.spare[slot] = self._configs.pop(slot)
+
+    def _zero(self, slot: str) -> None:
         for layer in self._layers(slot):
             for part in PARTS:
                 getattr(layer, part)[slot].weight.data.zero_()
-        self.spare[slot] = self._configs.pop(slot)
 
     def _layers(self, slot: str) -> list[LoraLayer]:
         layers = (layer for layer in self.model.modules() if isinstance(layer, LoraLayer))
@@ -153,41 +156,75 @@ class Library:
         unused = next((other for other in self.slots if other not in set(wanted)), None)
         if unused is not None and len(self.slots) >= self.capacity:
             self.withdraw(unused)
-        directory, config = str(self.directories[name]), self._config(name)
-        slot = next((slot for slot, held in self.spare.items() if held == config), None)
-        if slot is not None:
-            del self.spare[slot]
-            hotswap_adapter(self.model, directory, adapter_name=slot)
-        else:
-            taken = {*self.slots.values(), *self.spare}
-            slot = next(s for s in map(_slot, range(len(taken) + 1)) if s not in taken)
-            self.model.load_adapter(directory, adapter_name=slot)
-            self.loads += 1
-            for old in self.spare:  # after the new one: PEFT does not do without any
-                self._delete(old)
-            self.spare = {}
-        self._hold(name, slot)
+        try:
+            config = self._config(name)
+            slot = next((slot for slot, held in self.spare.items() if held == config), None)
+            if slot is not None:
+                self._swap_into(slot, name)
+            else:
+                slot = self._add(name)
+            self._hold(name, slot, config)
+        except Exception:
+            self._ensure_same(name)
+            raise
         self.changes += 1
-        if (read_lineage(self.directories[name]) or {}).get("digest") != self.contents[name]:
+        try:
+            self._ensure_same(name)
+        except ServedChangedError:
             self.withdraw(name)
+            raise
+
+    def _swap_into(self, slot: str, name: str) -> None:
+        """Load an adapter into a slot of zeros, which is one again if that fails."""
+        try:
+            hotswap_adapter(self.model, str(self.directories[name]), adapter_name=slot)
+        except Exception:
+            self._zero(slot)
+            raise
+        del self.spare[slot]
+
+    def _add(self, name: str) -> str:
+        """Load an adapter into a slot of its own, and do without those that are spare."""
+        taken = {*self.slots.values(), *self.spare}
+        slot = next(s for s in map(_slot, range(len(taken) + 1)) if s not in taken)
+        self.loads += 1
+        try:
+            self.model.load_adapter(str(self.directories[name]), adapter_name=slot)
+        except Exception:
+            if slot in self.model.peft_config:
+                self._delete(slot)
+            raise
+        for old in self.spare:  # after the new one: PEFT does not do without any
+            self._delete(old)
+        self.spare = {}
+        return slot
+
+    def _ensure_same(self, name: str) -> None:
+        """
+        Raises:
+            ServedChangedError: what is served under a name is not what was looked at last.
+        """
+        if (read_lineage(self.directories[name]) or {}).get("digest") != self._digest(name):
             raise ServedChangedError(f"what is served as {name} changed while it was loaded")
 
     def _delete(self, slot: str) -> None:
-        with (
-            warnings.catch_warnings()
-        ):  # which one is active means nothing: every row names its own
-            warnings.filterwarnings("ignore", "Adapter .* was active")
-            self.model.delete_adapter(slot)
+        # Which one is active means nothing, as every row names its own; but PEFT fails where that one is gone.
+        self.model.set_adapter(next(name for name in self.model.peft_config if name != slot))
+        self.model.delete_adapter(slot)
 
-    def _hold(self, name: str, slot: str) -> None:
+    def _hold(self, name: str, slot: str, config: Any) -> None:
         self.slots[name], self.contents[name] = slot, self._digest(name)
-        self._configs[slot] = self._config(name)
+        self._configs[slot] = config
 
     def _config(self, name: str) -> Any:
         return json.loads((self.directories[name] / CONFIG_NAME).read_bytes())
 
     def words(self) -> list[list[dict]] | None:
-        """For every shard the indexes of the nodes that it serves; None if one has none."""
+        """For every shard the indexes of the nodes that it serves; None if one has none.
+
+        Raises:
+            ServedChangedError: one is not there any more.
+        """
         shards = []
         for name, served in zip(self.lineages, self.names, strict=True):
             known = f"{name} {self._digest(name)}"
@@ -196,9 +233,11 @@ class Library:
                 nodes = lineage["nodes"] if lineage else []
                 stages = [node["stage"] for node in nodes if node["stage"] != CORE_STAGE]
                 paths = [words_path(self.directories[name], stage) for stage in stages]
-                if not all(path.is_file() for path in paths):
+                try:
+                    self._indexes[known] = [load_file(path) for path in paths]
+                except FileNotFoundError:
+                    self._ensure_same(name)
                     return None
-                self._indexes[known] = [load_file(path) for path in paths]
             shards.append(self._indexes[known])
         return shards
 
@@ -210,7 +249,7 @@ class Library:
         slots = self.require(list(counts))
         weights = [count / len(self.names) for count in counts.values()]
         if MERGED in self.model.peft_config:  # after the others: PEFT does not do without any
-            self.model.delete_adapter(MERGED)
+            self._delete(MERGED)
         self.model.add_weighted_adapter(slots, weights, MERGED, combination_type="cat")
         self.model.set_adapter(MERGED)
         for slot in set(slots) - {self.nobody}:
@@ -220,9 +259,7 @@ class Library:
 
     def unmerge(self) -> None:
         """Overwrite the merged adapter with zeros: it was made of what may be withdrawn."""
-        for layer in self._layers(MERGED):
-            for part in PARTS:
-                getattr(layer, part)[MERGED].weight.data.zero_()
+        self._zero(MERGED)
 
 
 def _slot(number: int) -> str:

@@ -82,7 +82,8 @@ TO_BASE = [Choice(BASE_MODEL, 1.0)]
 
 
 def everybody(shards: int) -> list[Choice]:
-    return [Choice(shard, 1 / shards) for shard in range(shards)]
+    """All of some shards; the base model where there is none (any more)."""
+    return [Choice(shard, 1 / shards) for shard in range(shards)] or TO_BASE
 
 
 def candidates(coverage: NDArray[np.float64], lead: float, rule: Rule) -> Candidates:

@@ -5,8 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from llm_unlearn.data.records import Record, make_records
+from llm_unlearn.exact import correction, deletion
+from llm_unlearn.exact.asks import Correction
 from llm_unlearn.exact.ensemble import ShardEnsemble
+from llm_unlearn.exact.ledger import Request
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.serving.engine.engine import BatchEngine
 from llm_unlearn.serving.engine.memory import Memory
@@ -71,14 +76,34 @@ def ask_all(engine: BatchEngine, prompts: Sequence[str], **options: Any) -> list
     return [one.wait() for one in asked]
 
 
+def acknowledge_only(
+    run: S3TRun, asked: str | Correction, monkeypatch: pytest.MonkeyPatch
+) -> Request:
+    """Whoever deletes or corrects dies between the acknowledgement and the first change."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    module = deletion if isinstance(asked, str) else correction
+    calls = iter([module.settle, die])
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "settle", lambda directory: next(calls)(directory))
+        with pytest.raises(KeyboardInterrupt):
+            run.delete([asked]) if isinstance(asked, str) else run.correct([asked])
+    return run.directory.ledger.requests(pending=True)[-1]
+
+
 @contextmanager
 def serving(
-    run: S3TRun, policy: Policy | str = "threshold-clean", **options: Any
+    run: S3TRun,
+    policy: Policy | str = "threshold-clean",
+    ensemble: ShardEnsemble | None = None,
+    **options: Any,
 ) -> Iterator[BatchEngine]:
     """An engine on a run, without scheduler."""
     if isinstance(policy, str):
         policy = make_policy(policy)
-    ensemble = run.ensemble()
+    ensemble = ensemble or run.ensemble()
     assert ensemble.library is not None
     tokenizer = load_tiny(run.directory.shape.name_or_path)[1]  # pyright: ignore[reportArgumentType]
     memory = Memory(run.directory, ensemble, policy.is_unsafe)

@@ -8,13 +8,21 @@ import pytest
 import torch
 
 from llm_unlearn.errors import UserError
-from llm_unlearn.exact import deletion, residues
+from llm_unlearn.exact import residues
 from llm_unlearn.exact.adapters import WEIGHTS_NAME, file_digest
 from llm_unlearn.exact.run import S3TRun
 from llm_unlearn.serving.engine import engine as engine_module
 from llm_unlearn.serving.engine.engine import BatchEngine
 from llm_unlearn.serving.queries import Failure, QueueFull
-from tests.serving.engines import PROMPTS, ask, ask_all, generated, records_of_names, serving
+from tests.serving.engines import (
+    PROMPTS,
+    acknowledge_only,
+    ask,
+    ask_all,
+    generated,
+    records_of_names,
+    serving,
+)
 from tests.tiny import FAMILIES, load_tiny, make_run, make_tiny_model, make_tiny_tokenizer
 
 LENGTHS = ["Hello", *PROMPTS[:2], "Question: " * 12 + "what does Ysolde Marchetti eat?"]
@@ -151,20 +159,6 @@ class Pause:
     def end(self) -> None:
         self._engine.answering.step = self._step  # pyright: ignore[reportAttributeAccessIssue]
         self._go_on.set()
-
-
-def acknowledge_only(run: S3TRun, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever deletes dies between the acknowledgement and the first change."""
-
-    def die(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    calls = iter([deletion.settle, die])
-    with monkeypatch.context() as patched:
-        patched.setattr(deletion, "settle", lambda directory: next(calls)(directory))
-        with pytest.raises(KeyboardInterrupt):
-            run.delete([name])
-    assert run.directory.ledger.requests(pending=True)
 
 
 def test_answers_under_way_begin_again_or_end(run: S3TRun, tiny_base: Path) -> None:

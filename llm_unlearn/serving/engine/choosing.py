@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 
 from llm_unlearn.exact.ensemble import Decision
-from llm_unlearn.exact.library import MERGED
 from llm_unlearn.exact.selection import BASE_MODEL
 from llm_unlearn.serving.engine.answers import Readers, Running
 from llm_unlearn.serving.engine.memory import Memory
@@ -66,7 +65,7 @@ class Chooser:
             for c in chosen
         ]
         affected = memory.affected(self.target)
-        if ensemble.adapters == [MERGED]:
+        if ensemble.rule.aggregate == "merge":  # one for all of them, or for nobody
             marks = [bool(affected)]
         else:
             shards = memory.shards
@@ -82,7 +81,11 @@ class Chooser:
     def _is_certain(self, running: Running, decision: Decision, affected: frozenset[int]) -> bool:
         """Whether the prompt finds the same readers after the execution."""
         memory, ensemble = self.memory, self.memory.ensemble
-        if not affected or not ensemble.routes_prompts:
+        if not affected:
+            return True
+        if not affected.issubset(memory.shards):
+            return False  # one that a correction makes is yet to come
+        if not ensemble.routes_prompts:
             return True
         if ensemble.rule.aggregate == "nearest":
             # Those that are left are read, and count as affected; one that is not may come back.

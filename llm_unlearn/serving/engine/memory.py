@@ -6,17 +6,15 @@ request reaches becomes zeros, at once, whether or not its files have been chang
 left of it is loaded when it is there. So no answer that begins after an acknowledgement reads what was deleted.
 """
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llm_unlearn.data.partition import CORE
 from llm_unlearn.errors import RunError
-from llm_unlearn.exact.adapters import adapter_name, tensors_digest
+from llm_unlearn.exact.adapters import MERGED, adapter_name, merged_name, tensors_digest
 from llm_unlearn.exact.ensemble import ShardEnsemble
 from llm_unlearn.exact.ledger import Request
-from llm_unlearn.exact.library import MERGED
 from llm_unlearn.exact.served import read_lineage
 from llm_unlearn.exact.store import RunDirectory
 from llm_unlearn.exact.trie import CORE_STAGE
@@ -109,12 +107,12 @@ class Memory:
             return False
         if self._bounds is None or self._bounds_for != (self.epoch, affected):
             places = {shard: place for place, shard in enumerate(self.shards)}
-            there = [shard for shard in affected if shard in places and shard in self.run.shards]
+            there = affected.intersection(self.run.shards)
             try:
                 indexes = retained_indexes(self.run, there)
             except RunError:
                 return False  # its records are being taken away
-            retained = {places[s]: indexes.get(s, []) for s in affected if s in places}
+            retained = {places[shard]: indexes.get(shard, []) for shard in affected}
             served = self.library.words() or []
             self._bounds = IndexBounds(served, retained, words.key, words.tokenizer)
             self._bounds_for = (self.epoch, affected)
@@ -134,31 +132,39 @@ class Memory:
         if self.is_unsafe and self.adapters:
             self.shortened = self._shortened(self.run.shards)
             self.is_lagging = bool(self.pending or self.shortened)
-            if self.is_lagging:
+            if self.is_lagging and not self.is_stale:
                 self.epoch = epoch
                 return None
         return self._apply(epoch)
 
     def _apply(self, epoch: int) -> Change:
         reached = _reached(self.run, self.pending)
-        before, merged = self.adapters, self.merged_name
         self.ensemble.update(reached)
-        self.epoch, self.is_stale = epoch, False
-        self.adapters = self._adapters(reached, before)
-        self.withdrawn = frozenset(int(member.removeprefix("shard-")) for member in reached)
-        names = {a.name for a in self.adapters.values() if not a.is_withdrawn}
-        fresh = {
-            a.shard for a in self.adapters.values() if a.epoch == epoch and a.shard is not None
-        }
-        self.shortened = self._shortened(fresh | self.shortened)
-        gone = [a for a in before.values() if not a.is_withdrawn and a.name not in names]
         # Once more: one that was acknowledged meanwhile may have changed the files that were read.
         requests = [*self.pending, *self.run.ledger.requests(pending=True)]
-        named = {target.shard for request in requests for target in request.targets}
+        adapters = self._adapters(reached, epoch)
+        fresh = {a.shard for a in adapters.values() if a.epoch == epoch and a.shard is not None}
+        shortened = self._shortened(fresh | self.shortened) | _coming(self.pending)
+        change = self._change(adapters, {p.shard for request in requests for p in request.places})
+        # All at once, and last: where anything failed above, what is to be forgotten is still known.
+        self.epoch, self.is_stale, self.adapters = epoch, False, adapters
+        self.withdrawn = frozenset(int(member.removeprefix("shard-")) for member in reached)
+        self.shortened = shortened
+        return change
+
+    def _change(self, adapters: Mapping[str, Adapter], named: Collection[int]) -> Change:
+        """What becomes of the adapters that were served until now.
+
+        Args:
+            adapters: that are served from now on.
+            named: shards that pending requests name.
+        """
+        names = {a.name for a in adapters.values() if not a.is_withdrawn}
+        gone = [a for a in self.adapters.values() if not a.is_withdrawn and a.name not in names]
         clean = {a.name for a in gone if a.shard not in named and self._is_clean(a)}
         tainted = {a.name for a in gone} - clean
-        if merged != self.merged_name:
-            (tainted if tainted else clean).add(merged)
+        if _merged(adapters) != self.merged_name:
+            (tainted if tainted else clean).add(self.merged_name)
         return Change(frozenset(tainted), frozenset(clean))
 
     def _shortened(self, shards: Iterable[int]) -> frozenset[int]:
@@ -171,15 +177,13 @@ class Memory:
         try:
             return not all(exists(node.key) for path in self.run.paths(shard) for node in path)
         except RunError:
-            return (
-                True  # its records are being taken away: the ledger says so next, and is read again
-            )
+            return True  # its records are being taken away: the ledger says so next
 
     def _is_clean(self, adapter: Adapter) -> bool:
         """A finished deletion has removed the nodes that it reaches: if all are there, none of them was."""
         return all(map(self.run.nodes.exists, adapter.nodes))
 
-    def _adapters(self, reached: frozenset[str], before: dict[str, Adapter]) -> dict[str, Adapter]:
+    def _adapters(self, reached: frozenset[str], epoch: int) -> dict[str, Adapter]:
         found: dict[str, Adapter] = {}
         lineages: dict[str, Any] = dict(self.library.lineages)
         if self.library.nobody == self.run.member_name(CORE.shard):
@@ -189,8 +193,8 @@ class Memory:
                 continue
             shard = None if member == self.library.nobody else int(member.removeprefix("shard-"))
             keys = tuple(node["key"] for node in lineage["nodes"])
-            made = Adapter(member, shard, lineage["digest"], keys, self.epoch, member in reached)
-            known = before.get(member)
+            made = Adapter(member, shard, lineage["digest"], keys, epoch, member in reached)
+            known = self.adapters.get(member)
             is_same = known is not None and replace(known, epoch=made.epoch) == made
             found[member] = known if known is not None and is_same else made
         return found
@@ -198,9 +202,7 @@ class Memory:
     @property
     def merged_name(self) -> str:
         """Of the one adapter that all are merged into, without those that are withdrawn."""
-        held = self.adapters.values()
-        names = sorted(a.name if not a.is_withdrawn else f"{a.member}@" for a in held)
-        return adapter_name(MERGED, hashlib.sha256(" ".join(names).encode()).hexdigest())
+        return _merged(self.adapters)
 
     def name_of(self, member: str) -> str:
         """The served name of what the ensemble calls a member; the base model has no other name."""
@@ -226,7 +228,7 @@ class Memory:
         if self.library.nobody in self.adapters:
             members.append(self.library.nobody)
         if self.ensemble.adapters == [MERGED]:
-            members = [MERGED]
+            members.append(MERGED)
         return {self.name_of(member): member for member in members}
 
     def digests(self) -> dict[str, str]:
@@ -237,16 +239,25 @@ class Memory:
         }
 
 
+def _coming(pending: Iterable[Request]) -> frozenset[int]:
+    """Shards that pending corrections bring records to, some of which may not be there yet."""
+    return frozenset(place.shard for request in pending for place in request.inserted)
+
+
+def _merged(adapters: Mapping[str, Adapter]) -> str:
+    return merged_name((a.name, a.is_withdrawn) for a in adapters.values())
+
+
 def _reached(run: RunDirectory, pending: Iterable[Request]) -> frozenset[str]:
     """Members whose served files still hold what pending requests delete.
 
-    A node of a slice that a request names can only be one that saw what it deletes: the slice has
-    not been trained again before the request is finished.
+    A node of a slice that a request names can only be one that saw what it deletes, or not yet what a
+    correction brings there: the slice has not been trained again before the request is finished.
     """
     slices: dict[int, set[int]] = {}
     for request in pending:
-        for target in request.targets:
-            slices.setdefault(target.shard, set()).add(target.slice)
+        for place in request.places:
+            slices.setdefault(place.shard, set()).add(place.slice)
     found = set()
     for shard, named in slices.items():
         member = run.member_name(shard)

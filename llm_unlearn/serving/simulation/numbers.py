@@ -2,7 +2,7 @@
 
 A discrete-event simulation of one server and one trainer. The trainer runs one execution at a time,
 which rebuilds the shards of all deletions that were pending when it began; answers never wait for it
-unless the policy says so. What a shard says is invented (`simulation_votes.py`), so that the answers
+unless the policy says so. What a shard says is invented (`votes.py`), so that the answers
 after an execution are known, and every answer can be held against them.
 """
 
