@@ -11,6 +11,7 @@ from llm_unlearn.data.partition import SliceName
 from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.errors import RunError
 from llm_unlearn.exact import library as library_module
+from llm_unlearn.exact.adapters import merged_name
 from llm_unlearn.exact.asks import Correction
 from llm_unlearn.exact.ensemble import ShardEnsemble
 from llm_unlearn.exact.library import Library
@@ -286,6 +287,8 @@ def test_a_merged_server_tells_of_an_adapter_that_it_loaded_alone(
     run = made(tmp_path / "run", tiny_base, "merge", num_shards=2, num_slices=1, num_sequences=1)
     with serving(run) as engine:
         (merged,) = engine.digests_in_memory()
+        residents = engine.state().residents
+        assert merged == merged_name((r.name, r.state == "withdrawn") for r in residents)
         alone = engine.state().residents[0].name
         ask(engine, PROMPTS[0], adapter=alone, max_tokens=2).wait()
         assert set(engine.digests_in_memory()) == {merged, alone}
