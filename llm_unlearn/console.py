@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,16 +26,21 @@ if TYPE_CHECKING:
     from llm_unlearn.exact.trie import Node
 
 # In a pipe or a file there is no width to keep to, and a squeezed table cannot be read.
-stdout = Console(width=None if sys.stdout.isatty() else 140)
-stderr = Console(stderr=True)
+# What people wrote is shown as it is: nothing in it is markup.
+stdout = Console(width=None if sys.stdout.isatty() else 140, markup=False)
+stderr = Console(stderr=True, markup=False)
+NUMBER = re.compile(r"\W*(\d.*|nan)?")  # with its sign, unit or interval; or none
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Numbers to the right, words to the left."""
     table = Table(title=title, title_justify="left")
+    cells = [[str(cell) for cell in row] for row in rows]
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*map(str, row))
+        are_numbers = all(NUMBER.fullmatch(row[index]) for row in cells)
+        table.add_column(column, justify="right" if index and are_numbers else "left")
+    for row in cells:
+        table.add_row(*row)
     stdout.print(table)
 
 
@@ -44,10 +50,7 @@ def print_json(value: Any) -> None:
 
 
 def warn(message: str) -> None:
-    """What people wrote is shown as it is: nothing in it is markup."""
-    stderr.print(
-        f"warning: {message}", style="yellow", highlight=False, soft_wrap=True, markup=False
-    )
+    stderr.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def exit_code_of(run: Callable[[], None]) -> int:
@@ -55,9 +58,7 @@ def exit_code_of(run: Callable[[], None]) -> int:
     try:
         run()
     except UserError as error:
-        stderr.print(
-            f"error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False
-        )
+        stderr.print(f"error: {error}", style="bold red", highlight=False, soft_wrap=True)
         return error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
@@ -68,7 +69,6 @@ def exit_code_of(run: Callable[[], None]) -> int:
             style="bold red",
             highlight=False,
             soft_wrap=True,
-            markup=False,
         )
         return 1
     except KeyboardInterrupt:
@@ -106,7 +106,7 @@ class TrainingProgress:
 
 def _bar(enabled: bool) -> Progress:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -199,7 +199,7 @@ def attack_progress(enabled: bool = True, log: bool = False) -> Iterator[Callabl
     Args:
         log: say it outside a terminal too, a line each.
     """
-    columns = (TextColumn("{task.description}"), SpinnerColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), SpinnerColumn(), TimeElapsedColumn())
     with _progress(columns, enabled) as bar:
         task = bar.add_task("", total=None)
 

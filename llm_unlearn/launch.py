@@ -107,7 +107,7 @@ def publish_result(arguments: Any, path: Path) -> None:
     with attack_progress() as say:
         done = publish(arguments, path, say)
     lines = [line for one in done for line in one.lines()]
-    stdout.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    stdout.print("\n".join(lines), highlight=False, soft_wrap=True)
     check_purged([one.purged for one in done if one.purged])
 
 
