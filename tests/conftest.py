@@ -34,10 +34,13 @@ if os.path.isdir(IN_MEMORY) and shutil.disk_usage(IN_MEMORY).free > 4 << 30:
     tempfile.tempdir = None  # pytest has asked for it already
 
 
+SET_BY_LIBRARIES = ("PYTEST_", "KMP_")  # the second by scikit-learn, as it is imported
+
+
 def shared_by_all() -> dict[str, Any]:
     """What the tests of a process share, and one file could change for the next."""
     return {
-        "the environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+        **{f"${k}": v for k, v in os.environ.items() if not k.startswith(SET_BY_LIBRARIES)},
         "the current directory": os.getcwd(),
         "the Hub's client": (constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET),
         "torch's types": (torch.get_default_dtype(), torch.get_default_device()),
@@ -53,7 +56,8 @@ def nothing_is_left_behind() -> Iterator[None]:
     before = shared_by_all()
     yield
     after = shared_by_all()
-    assert [what for what in before if before[what] != after[what]] == [], "is changed for others"
+    changed = [what for what in before | after if before.get(what) != after.get(what)]
+    assert changed == [], "is changed for others"
 
 
 @pytest.fixture(scope="session")

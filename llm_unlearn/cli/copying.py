@@ -104,20 +104,16 @@ def _origin(parent: str | None) -> str:
 
 
 def _print_copies(run: Path, found: "list[CopyStatus]") -> None:
-    from rich.markup import escape
-
     if not found:
         print("no copies are known: `llm-unlearn export` makes some, `--add` registers others")
         return
     rows = []
     for status in found:
         made = datetime.fromtimestamp(status.copy.made_at, UTC).strftime("%Y-%m-%d %H:%M")
-        note = escape(status.note or "")
-        rows.append(
-            (status.copy.id, status.copy.kind, escape(status.copy.place), made, status.state, note)
-        )
+        note = status.note or ""
+        rows.append((status.copy.id, status.copy.kind, status.copy.place, made, status.state, note))
     console.print_table(
-        f"copies of {escape(str(run))}",
+        f"copies of {run}",
         ("id", "kind", "place", "made (UTC)", "state", "note"),
         rows,
     )
@@ -149,8 +145,6 @@ def near_duplicates(
 
 
 def _print_near_duplicates(found: "list[NearDuplicate]", threshold: float) -> None:
-    from rich.markup import escape
-
     if not found:
         print(f"nobody else holds a text that is similar by {threshold:g} or more")
         return
@@ -162,10 +156,10 @@ def _print_near_duplicates(found: "list[NearDuplicate]", threshold: float) -> No
         ("subject", "record", "similarity", "held by", "record of theirs"),
         [
             (
-                escape(near.record.subject),
+                near.record.subject,
                 near.record.id[:12],
                 "same text" if near.is_exact else f"{near.similarity:.2f}",
-                escape(near.other.subject) + (" (permanent core)" if near.is_in_core else ""),
+                near.other.subject + (" (permanent core)" if near.is_in_core else ""),
                 near.other.id[:12],
             )
             for near in shown

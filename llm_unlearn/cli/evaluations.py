@@ -26,17 +26,13 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Evaluations side by side, with the retrained reference marked."""
-    from rich.markup import escape
-
     from llm_unlearn.evaluation.compare import compare_command
 
     found = compare_command(outs, csv, latex, html, plot, mixed, across_seeds)
     if as_json:
         console.print_json(found.to_dict())
         return
-    rows = [[escape(cell) for cell in row] for row in found.to_rows()]
-    title = escape(f"{found.suite}, profile {found.profile}")
-    console.print_table(title, [escape(cell) for cell in found.header], rows)
+    console.print_table(f"{found.suite}, profile {found.profile}", found.header, found.to_rows())
     for note in found.notes:
         console.warn(note)
 

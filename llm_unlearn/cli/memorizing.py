@@ -57,13 +57,13 @@ def memorization(  # noqa: PLR0913 - typer makes an option of every argument
 
 
 def _show(found: "Findings", most: int, show_text: bool) -> None:
-    from rich.markup import escape
-
     from llm_unlearn.memorizing.findings import in_words
 
     rows = []
     for line in found.lines:
-        numbers = [_cell(value, 4) for value in (line.mean, line.low, line.middle, line.high)]
+        values = (line.mean, line.low, line.middle, line.high)
+        least = 1e-6 * max(map(abs, values))  # what only breaks ties
+        numbers = [_cell(0.0 if abs(value) <= least else value, 4) for value in values]
         rho = "–"
         if line.agreement is not None and line.agreement.rho == line.agreement.rho:
             rho = (
@@ -72,7 +72,7 @@ def _show(found: "Findings", most: int, show_text: bool) -> None:
         flat = "flat" if line.flat else ""
         rows.append([line.name, *numbers, _cell(line.length), rho, _cell(line.controlled), flat])
     console.print_table(
-        escape(f"{found.label}: {len(found.records)} records, higher = more memorized"),
+        f"{found.label}: {len(found.records)} records, higher = more memorized",
         ("score", "mean", "low third", "middle", "high third", "with length", "with reference",
          "controlled", ""),
         rows,
@@ -92,7 +92,7 @@ def _show(found: "Findings", most: int, show_text: bool) -> None:
         print(bar)
     listed = found.most(most, show_text)
     if listed:
-        cells = [[escape(_cell(value)) for value in row.values()] for row in listed]
+        cells = [[_cell(value) for value in row.values()] for row in listed]
         console.print_table("Most memorized", list(listed[0]), cells)
         if not show_text:
             print("whose they are, and what they say: --show_text")

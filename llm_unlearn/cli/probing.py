@@ -74,12 +74,10 @@ def probe(  # noqa: PLR0913 - a command has its options
 
 
 def _print(found: "Probe", every: bool) -> None:
-    from rich.markup import escape
-
-    rows = [(escape(look.place), look.examined, look.verdict) for look in found.looks]
+    rows = [(look.place, look.examined, look.verdict) for look in found.looks]
     at = f" at epoch {found.epoch}" if found.epoch is not None else ""
     console.print_table(
-        escape(f"residue in {found.target}{at}"), ("looked at", "how many", "verdict"), rows
+        f"residue in {found.target}{at}", ("looked at", "how many", "verdict"), rows
     )
     for look in found.looks:
         _print_lines(look, "RESIDUE", look.problems)
@@ -96,14 +94,12 @@ def _print(found: "Probe", every: bool) -> None:
 
 def _print_adapters(found: "Probe", every: bool) -> None:
     """Those with a finding; the clean ones are a number, unless they are asked for."""
-    from rich.markup import escape
-
     verdicts = {
         adapter: "residue" if adapter.problem else "clean" if adapter.digest else "by name"
         for adapter in found.adapters
     }
     rows = [
-        (escape(adapter.name), (adapter.digest or "not seen")[:12], escape(adapter.place), verdict)
+        (adapter.name, (adapter.digest or "not seen")[:12], adapter.place, verdict)
         for adapter, verdict in verdicts.items()
         if every or verdict != "clean"
     ]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,6 +56,12 @@ def kill_at(point: int, places: Sequence[Place] = CHANGES) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     _around(places, tick)
+
+
+def copy_anew(reference: Path, path: Path) -> None:
+    """Put a copy of a run where another copy of it was changed."""
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(reference, path, symlinks=True)
 
 
 def every_point(

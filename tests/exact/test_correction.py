@@ -12,7 +12,7 @@ from llm_unlearn.data.records import Record, make_records
 from llm_unlearn.errors import UserError
 from llm_unlearn.exact.asks import Ask, Correction, read_corrections
 from llm_unlearn.exact.run import S3TRun
-from tests.exact.killing import every_point
+from tests.exact.killing import copy_anew, every_point
 from tests.exact.methods import METHODS
 from tests.tiny import (
     core_records,
@@ -207,10 +207,6 @@ def test_it_survives_kill_9_at_every_point(tmp_path: Path, kind: str) -> None:
     before = node_bytes(run)
     acknowledged = 0
 
-    def prepare() -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(reference, path, symlinks=True)
-
     def check() -> None:
         nonlocal acknowledged
         run = S3TRun.open(path)
@@ -228,5 +224,5 @@ def test_it_survives_kill_9_at_every_point(tmp_path: Path, kind: str) -> None:
     def work() -> None:
         S3TRun.open(path).correct([correction(old_record())])
 
-    points = every_point(prepare, work, check, path)
+    points = every_point(lambda: copy_anew(reference, path), work, check, path)
     assert points > 25 and 0 < acknowledged < points

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llm_unlearn.exact.run import S3TRun
-from tests.exact.killing import every_point, in_child
+from tests.exact.killing import copy_anew, every_point, in_child
 from tests.exact.methods import METHODS
 from tests.tiny import (
     core_records,
@@ -109,10 +109,6 @@ def test_deletion_survives_kill_9_at_every_point(
     records = names_below(done / "records")
     acknowledged = 0
 
-    def prepare() -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(reference, path, symlinks=True)
-
     def check() -> None:
         nonlocal acknowledged
         run = S3TRun.open(path)
@@ -130,7 +126,8 @@ def test_deletion_survives_kill_9_at_every_point(
         assert run.delete([VICTIM]).request is None
         assert all(result.passed for result in run.verify()), [r.problems for r in run.verify()]
 
-    points = every_point(prepare, lambda: S3TRun.open(path).delete([VICTIM]) and None, check, path)
+    prepare = lambda: copy_anew(reference, path)  # noqa: E731
+    points = every_point(prepare, lambda: S3TRun.open(path).delete([VICTIM]), check, path)
     assert points > 25
     assert 0 < acknowledged < points
 
@@ -146,15 +143,12 @@ def test_rebuild_survives_kill_9_at_every_point(
         never = make_stub_run(tmp_path / "never", rest, **shape)
         train_stub(never)
 
-        def prepare() -> None:
-            shutil.rmtree(path, ignore_errors=True)
-            shutil.copytree(deleted, path, symlinks=True)
-
         def check() -> None:
             train_stub(S3TRun.open(path))
             assert node_bytes(S3TRun.open(path)) == node_bytes(never)
             assert served_bytes(S3TRun.open(path)) == served_bytes(never)
 
+        prepare = lambda: copy_anew(deleted, path)  # noqa: E731
         assert every_point(prepare, lambda: train_stub(S3TRun.open(path)), check, path) > 20
 
 

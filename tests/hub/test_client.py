@@ -2,7 +2,6 @@
 
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,19 +12,13 @@ from llm_unlearn.exact import copies
 from llm_unlearn.hub import client
 from llm_unlearn.hub.client import Hub
 from llm_unlearn.hub.pull import pull
-from tests.hub.published import BASE, NAME, World, make_trained, published
+from tests.hub.published import BASE, NAME, World, make_trained
 from tests.loopback_hub import TOKEN, Answer, Dropped, refusal
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_trained(tmp_path_factory.mktemp("client") / "run", num_shards=1)
-
-
-@pytest.fixture
-def world(trained: Path, tmp_path: Path) -> Iterator[World]:
-    with published(trained, tmp_path / "run") as made:
-        yield made
 
 
 @pytest.fixture(autouse=True)

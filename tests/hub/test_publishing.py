@@ -20,11 +20,6 @@ from tests.test_cli import ROOT
 START = Hub.__init__
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trained(tmp_path_factory.mktemp("commands") / "run")
-
-
 @pytest.fixture
 def world(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.chdir(tmp_path)

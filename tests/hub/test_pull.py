@@ -13,13 +13,8 @@ from llm_unlearn.exact.certificates import verify_certificate
 from llm_unlearn.hub.content import PREDICATE_TYPE
 from llm_unlearn.hub.pull import pull
 from llm_unlearn.signing import Signer, statement
-from tests.hub.published import BASE, NAME, World, make_trained, published
+from tests.hub.published import BASE, NAME, World, published
 from tests.loopback_hub import Entry
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trained(tmp_path_factory.mktemp("pull") / "run")
 
 
 @pytest.fixture

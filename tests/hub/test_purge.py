@@ -1,7 +1,6 @@
 """What a deletion takes from the Hub, what is asked for afterwards, and what is said if it is left."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,6 @@ from llm_unlearn.exact import copies
 from llm_unlearn.hub import publishing
 from tests.hub.published import NAME, World, make_trained, published
 from tests.loopback_hub import Answer, refusal
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trained(tmp_path_factory.mktemp("push") / "run")
-
-
-@pytest.fixture
-def world(trained: Path, tmp_path: Path) -> Iterator[World]:
-    with published(trained, tmp_path / "run") as made:
-        yield made
 
 
 def add_references(world: World) -> None:

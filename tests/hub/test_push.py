@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,6 @@ from tests.loopback_hub import Entry
 from tests.tiny import core_records, make_stub_run, stubbed_training, tiny_records, train_stub
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trained(tmp_path_factory.mktemp("push") / "run")
-
-
-@pytest.fixture
-def world(trained: Path, tmp_path: Path) -> Iterator[World]:
-    with published(trained, tmp_path / "run") as made:
-        yield made
 
 
 def test_one_commit_with_everything_and_nothing_secret(world: World) -> None:

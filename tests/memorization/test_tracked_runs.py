@@ -24,7 +24,7 @@ from llm_unlearn.memorizing.findings import find_memorized
 from llm_unlearn.memorizing.scoring import score
 from llm_unlearn.memorizing.targets import LoadedTarget, RunTarget
 from llm_unlearn.record_tables import FOLDER, make_table
-from tests.exact.killing import every_point
+from tests.exact.killing import copy_anew, every_point
 from tests.exact.methods import METHODS
 from tests.saying import Say, in_json
 from tests.test_recipes import flags, load_recipe
@@ -147,10 +147,6 @@ def test_a_deletion_of_the_tables_survives_kill_9_at_every_point(
 ) -> None:
     path = tmp_path / "run"
 
-    def prepare() -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(tracked, path, symlinks=True)
-
     def check() -> None:
         run = S3TRun.open(path)
         requests = run.directory.ledger.requests()
@@ -161,7 +157,7 @@ def test_a_deletion_of_the_tables_survives_kill_9_at_every_point(
         assert all(check.passed for check in run.verify())
 
     work = lambda: S3TRun.open(path).delete([VICTIM])  # noqa: E731
-    assert every_point(prepare, work, check, path, PLACES) > 15
+    assert every_point(lambda: copy_anew(tracked, path), work, check, path, PLACES) > 15
 
 
 def test_encrypted_tables_cannot_be_read_without_their_keys(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -483,19 +484,19 @@ def test_the_command(say: Say, run: S3TRun, vllm: LoopbackVllm, url: str) -> Non
 
 
 def test_interrupting_a_watch_is_no_traceback(run: S3TRun, url: str) -> None:
-    import os
     import subprocess
     import sys
 
-    # What runs in the background of a shell is deaf to the signal, and so are its children.
-    main = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" \
-           "import runpy; runpy.run_module('llm_unlearn', run_name='__main__', alter_sys=True)"  # fmt: skip
-    command = [sys.executable, "-c", main, "sync-vllm", str(run.path), url, "--watch"]
+    command = [sys.executable, "-m", "llm_unlearn", "sync-vllm", str(run.path), url, "--watch"]
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not by a job of the background
     started = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
     )
     assert started.stdout is not None
-    assert "in step at epoch" in started.stdout.readline()
-    started.send_signal(signal.SIGINT)
-    _, told = started.communicate(timeout=20)
+    try:
+        assert "in step at epoch" in started.stdout.readline()
+        started.send_signal(signal.SIGINT)
+        _, told = started.communicate(timeout=20)
+    finally:
+        started.kill()
     assert started.returncode == 130 and "Traceback" not in told
