@@ -1,5 +1,6 @@
 """Newton's methods where there is next to nothing: no number, no gradient, no rows, no memory."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def test_forget_or_held_out_rows_whose_loss_is_no_number_refuse_a_step(
 @pytest.mark.parametrize("name", METHODS)
 def test_a_gradient_that_is_zero_moves_nothing(name: str, tmp_path: Path) -> None:
     """A LoRA whose B is 0 does not depend on A: no gradient, no curvature, and no error of a product."""
-    model = get_peft_model(knowing_model(), LORA)
+    model = get_peft_model(knowing_model(), copy.deepcopy(LORA))
     report = run(tmp_path, name, model, trainable="lora_A")
     if name == "scurenewton":
         assert report.notes[0] == "ended after 0 steps: stationary" and not report.history
